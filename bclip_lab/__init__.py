@@ -1,0 +1,3 @@
+"""Backdoor attacks."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,18 @@
+"""Attacks: triggers, label maps, poisoning."""
+
+from bclip_lab.attacks.backdoor import BackdoorAttack
+from bclip_lab.attacks.label_maps import AllToAll, AllToOne, LabelMap, ManyToOne, OneToOne
+from bclip_lab.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, Trigger
+
+__all__ = [
+    "AllToAll",
+    "AllToOne",
+    "BackdoorAttack",
+    "BlendedTrigger",
+    "LabelMap",
+    "ManyToOne",
+    "OneToOne",
+    "PatchTrigger",
+    "SinusoidTrigger",
+    "Trigger",
+]

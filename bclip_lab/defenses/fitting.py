@@ -1,0 +1,88 @@
+"""What fits of activation bounds share: a frozen private network, its clean targets, and how bounds come back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
+
+from bclip_lab.clipping import ClippedModel
+from bclip_lab.data.images import LabelledImages, to_float
+from bclip_lab.models import device_of, logits
+
+__all__ = ["BoundFit"]
+
+
+def _fold(network: nn.Module, bounds: Iterable[Tensor], images: Tensor) -> nn.Module:
+    """A copy with batch norm folded into the convolutions and the same bounds; the network itself where that fails."""
+    if not isinstance(network, fx.GraphModule):
+        return network
+    called = [node.target for node in network.graph.nodes if node.op == "call_module"]
+    if len(called) != len(set(called)):  # a layer called twice must not take up the batch norm behind one call
+        return network
+    with torch.no_grad():
+        expected = network(images)
+        folded = copy.deepcopy(network, {id(bound): bound for bound in bounds})
+        folded = fuse(folded, inplace=True, no_trace=True)
+        error = (folded(images) - expected).abs().max()
+    return folded if error <= 1e-3 * expected.abs().max().clamp(min=1) else network
+
+
+class BoundFit:
+    """A network whose bounds can be differentiated, the clean images it must keep, and an Adam over the bounds.
+
+    Weights are frozen and the original's logits computed once, since neither changes; only the bounds come back
+    to the clipped model, through `write`. Of `clean` only the images are used which the original decides
+    correctly (as in the authors' code).
+
+    `images` float32 (M, C, H, W), `labels` int64 (M,) and `targets` float32 (M, K), the original's logits, are on
+    the model's device.
+    """
+
+    def __init__(self, clipped: ClippedModel, clean: LabelledImages, *, start: float, learning_rate: float) -> None:
+        if not isinstance(clipped, ClippedModel):
+            raise ValueError(f"clipped must be a ClippedModel, got {type(clipped).__name__}")
+        if not len(clean):
+            raise ValueError("clean holds no images")
+        device = device_of(clipped.original)
+        targets = logits(clipped.original, clean)
+        correct = targets.argmax(1) == clean.labels.cpu()
+        if not bool(correct.any()):
+            raise ValueError(
+                "clean: the model decides none of the images correctly; are they in [0, 1], and do their labels "
+                "belong to this model?"
+            )
+        self.clipped = clipped
+        self.images = to_float(clean.images[correct.to(clean.images.device)].to(device))
+        self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.labels, self.targets = clean.labels[correct.to(clean.labels.device)].to(device), targets[correct].to(device)
+        clipped.set_bounds(dict.fromkeys(clipped.sites, start))
+        self.network, self.bounds = clipped.differentiable()
+        self.network = _fold(self.network, self.bounds.values(), self.images[:8])
+        self.optimiser = torch.optim.Adam(list(self.bounds.values()), lr=learning_rate)
+
+    def step(self, loss: Tensor) -> None:
+        """One step of Adam down `loss`; bounds stay at or above zero, where a ReLU can still pass nothing."""
+        bounds = list(self.bounds.values())
+        for bound, gradient in zip(bounds, torch.autograd.grad(loss, bounds), strict=True):
+            bound.grad = gradient
+        self.optimiser.step()
+        with torch.no_grad():
+            for bound in bounds:
+                bound.clamp_(min=0)
+
+    @torch.no_grad()
+    def decisions(self, images: Tensor) -> Tensor:
+        """int64 (N,): what the clipped network decides for images on its device."""
+        return torch.cat([self.network(batch).argmax(1) for batch in images.split(500)])
+
+    def accuracy(self) -> float:
+        """Accuracy of the clipped network on the images of the fit."""
+        return float((self.decisions(self.images) == self.labels).float().mean())
+
+    def write(self) -> None:
+        """Give the bounds to the clipped model."""
+        self.clipped.set_bounds({site: bound.detach() for site, bound in self.bounds.items()})

@@ -1,0 +1,129 @@
+"""MMDF: detect triggered images at test time, and correct the decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bclip_lab.clipping import ClippedModel
+from bclip_lab.data.images import LabelledImages
+from bclip_lab.margins import classification_margins
+from bclip_lab.models import logits
+
+__all__ = ["MMDF", "MMDFDecisions"]
+
+_NULLS = ("gaussian", "empirical")
+
+
+@dataclass(frozen=True, eq=False)
+class MMDFDecisions:
+    """What MMDF says of N images.
+
+    `score` float32 (N,); `detected` bool (N,); `original`, `clipped` and `corrected` int64 (N,): the decision of
+    the original network, of the clipped network, and the one to act on.
+    """
+
+    score: Tensor
+    detected: Tensor
+    original: Tensor
+    clipped: Tensor
+    corrected: Tensor
+
+
+class MMDF:
+    """Test-time detection by the margin that clipping takes away (arXiv 2308.04617, section 3.2).
+
+    With c = argmax g(x) the original network's decision,
+
+        score(x) = m_c(x) - m_c(x; Z),
+
+    the fall of that decision's margin between the original and the clipped network. A trigger's margin rests on
+    abnormally large activations, which the bounds Z cut off; a clean image loses little. An image whose score
+    exceeds the threshold is detected, and corrected to the clipped network's decision among the classes other
+    than c.
+
+    Parameters
+    ----------
+    clipped
+        A clipped model with learned bounds, e.g. after `mmac`; its original gives g(x).
+    null
+        How `threshold` extrapolates from clean scores: "gaussian" (the paper's: mean + z standard deviations)
+        or "empirical" (a quantile of the clean scores; needs at least 1 / fpr of them to mean anything).
+    fpr
+        Nominal false-positive rate, in (0, 0.5): 0.005 (z = 2.576), the authors' value.
+
+    Attributes
+    ----------
+    scores_
+        float64 (N,): the scores of the images given to `fit`.
+    threshold_
+        Images scoring above it are detected.
+
+    Examples
+    --------
+    >>> from bclip_lab.models import resnet10
+    >>> clean = LabelledImages(torch.rand(20, 3, 8, 8), torch.arange(20) % 2, ("cat", "dog"))
+    >>> detector = MMDF(ClippedModel(resnet10(2, seed=0, width=4))).fit(clean)
+    >>> detector.threshold_  # all bounds at +inf: clipping takes nothing away
+    0.0
+    """
+
+    def __init__(self, clipped: ClippedModel, *, null: str = "gaussian", fpr: float = 0.005) -> None:
+        if not isinstance(clipped, ClippedModel):
+            raise ValueError(f"clipped must be a ClippedModel, got {type(clipped).__name__}")
+        if null not in _NULLS:
+            raise ValueError(f"null must be one of {_NULLS}, got {null!r}")
+        if not 0 < fpr < 0.5:
+            raise ValueError(f"fpr must lie in (0, 0.5), got {fpr}")
+        self.model, self.null, self.fpr = clipped, null, fpr
+
+    def fit(self, clean: LabelledImages) -> MMDF:
+        """Set the threshold on clean images that serve for nothing else; their labels are not used."""
+        scores = self.score(clean)
+        if len(scores) < 2:
+            raise ValueError(f"clean must hold at least two images, got {len(scores)}")
+        self.scores_: NDArray[np.float64] = scores.double().numpy()
+        self.threshold_ = self.threshold(self.fpr)
+        return self
+
+    def threshold(self, fpr: float) -> float:
+        """The threshold for another nominal false-positive rate, from the same clean scores."""
+        if not hasattr(self, "scores_"):
+            raise ValueError("call fit with clean images first")
+        if self.null == "empirical":
+            return float(np.quantile(self.scores_, 1 - fpr, method="higher"))
+        from scipy.stats import norm  # slow to import
+
+        return float(self.scores_.mean() + norm.isf(fpr) * self.scores_.std(ddof=1))
+
+    def _logits(self, images: Tensor | LabelledImages) -> tuple[Tensor, Tensor]:
+        return logits(self.model.original, images), logits(self.model, images)
+
+    def score(self, images: Tensor | LabelledImages) -> Tensor:
+        """The scores: float32 (N,), on the CPU; higher is more suspicious."""
+        original, clipped = self._logits(images)
+        decision = original.argmax(1)
+        return classification_margins(original, decision) - classification_margins(clipped, decision)
+
+    def decide(self, images: Tensor | LabelledImages) -> MMDFDecisions:
+        """Score, detect and correct in one pass."""
+        if not hasattr(self, "threshold_"):
+            raise ValueError("call fit with clean images first")
+        original, clipped = self._logits(images)
+        decision = original.argmax(1)
+        score = classification_margins(original, decision) - classification_margins(clipped, decision)
+        detected = score > self.threshold_
+        other = clipped.scatter(1, decision[:, None], float("-inf")).argmax(1)
+        return MMDFDecisions(score, detected, decision, clipped.argmax(1), torch.where(detected, other, decision))
+
+    def detect(self, images: Tensor | LabelledImages) -> Tensor:
+        """Boolean (N,): the images that score above the threshold."""
+        return self.decide(images).detected
+
+    def correct(self, images: Tensor | LabelledImages) -> Tensor:
+        """int64 (N,): the original decision, or, for detected images, the clipped network's among the other classes."""
+        return self.decide(images).corrected

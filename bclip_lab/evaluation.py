@@ -1,0 +1,153 @@
+"""ACC, ASR and RA of a model, and the ROC of a detector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages
+from bclip_lab.models import logits
+
+__all__ = ["Evaluation", "RocCurve", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does on clean and on triggered images.
+
+    acc
+        Accuracy (ACC): share of clean test images that get their true label.
+    asr
+        Attack success rate (ASR): share of triggered images that get the attacker's target. Images whose true
+        label is already the target are not among them. `nan` without an attack.
+    ra
+        Recovered (robust) accuracy (RA): share of the same triggered images that get their *true* label; the
+        authors' PACC (arXiv 2308.04617, section 4). `nan` without an attack.
+    clean, triggered
+        How many images the fractions count.
+
+    Examples
+    --------
+    >>> Evaluation(acc=0.99, asr=0.5, ra=0.25, clean=100, triggered=80)
+    Evaluation(ACC 0.990 of 100, ASR 0.500, RA 0.250 of 80)
+    """
+
+    acc: float
+    asr: float
+    ra: float
+    clean: int
+    triggered: int
+
+    def __repr__(self) -> str:
+        text = f"Evaluation(ACC {self.acc:.3f} of {self.clean}"
+        return text + (f", ASR {self.asr:.3f}, RA {self.ra:.3f} of {self.triggered})" if self.triggered else ")")
+
+    @classmethod
+    def from_decisions(
+        cls, clean: Tensor, labels: Tensor, triggered: Tensor | None = None, images: TriggeredImages | None = None
+    ) -> Evaluation:
+        """Count decisions, int64 (N,) on clean images of true `labels` and (M,) on `images`.
+
+        Examples
+        --------
+        >>> Evaluation.from_decisions(torch.tensor([0, 1]), torch.tensor([0, 0]))
+        Evaluation(ACC 0.500 of 2)
+        """
+        acc = float((clean == labels.to(clean.device)).double().mean())
+        if triggered is None or images is None:
+            return cls(acc, float("nan"), float("nan"), len(clean), 0)
+        asr = float((triggered == images.targets.to(triggered.device)).double().mean())
+        ra = float((triggered == images.true_labels.to(triggered.device)).double().mean())
+        return cls(acc, asr, ra, len(clean), len(triggered))
+
+
+def evaluate(model: nn.Module, test: LabelledImages, attack: Attack | None = None) -> Evaluation:
+    """ACC of a model on clean test images; with an attack, ASR and RA on triggered ones.
+
+    Parameters
+    ----------
+    model
+        Any classifier of images (N, C, H, W), float32 in [0, 1]; evaluated in evaluation mode, its mode restored.
+    test
+        Clean images with their true labels.
+    attack
+        Makes the triggered images out of `test`.
+
+    Raises
+    ------
+    ValueError
+        `test` is empty, or the model knows fewer classes than the images have.
+    """
+    scores = logits(model, test)
+    if scores.shape[1] < len(test.classes):
+        raise ValueError(f"model has {scores.shape[1]} classes, the images have {len(test.classes)}")
+    labels = test.labels.cpu()
+    if attack is None:
+        return Evaluation.from_decisions(scores.argmax(1), labels)
+    triggered = attack.triggered(test)
+    return Evaluation.from_decisions(scores.argmax(1), labels, logits(model, triggered.images).argmax(1), triggered)
+
+
+@dataclass(frozen=True, eq=False)
+class RocCurve:
+    """ROC of a detector whose score is higher on triggered images.
+
+    Parameters
+    ----------
+    clean, triggered
+        Scores, float (N,) and (M,), of clean and of triggered images.
+
+    Attributes
+    ----------
+    false_positive_rate, true_positive_rate, thresholds
+        float (T,): points of the curve, as `sklearn.metrics.roc_curve` gives them; an image is called triggered
+        where its score is at least the threshold.
+    auroc
+        Area under the curve, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Either part is empty, or a score is NaN.
+
+    Examples
+    --------
+    >>> curve = RocCurve([0.0, 1.0, 2.0, 3.0], [2.5, 4.0])
+    >>> curve.auroc, curve.tpr_at(0.0)
+    (0.875, 0.5)
+    """
+
+    clean: NDArray[np.float64]
+    triggered: NDArray[np.float64]
+    false_positive_rate: NDArray[np.float64] = field(init=False, repr=False)
+    true_positive_rate: NDArray[np.float64] = field(init=False, repr=False)
+    thresholds: NDArray[np.float64] = field(init=False, repr=False)
+    auroc: float = field(init=False)
+
+    def __init__(self, clean: ArrayLike | Tensor, triggered: ArrayLike | Tensor) -> None:
+        from sklearn.metrics import roc_auc_score, roc_curve  # slow to import, and few callers need it
+
+        parts = {"clean": clean, "triggered": triggered}
+        for name, given in parts.items():
+            scores = np.asarray(given, dtype=np.float64).ravel()
+            if not scores.size or np.isnan(scores).any():
+                raise ValueError(f"{name} must hold at least one score and no NaN, got {scores.size} scores")
+            object.__setattr__(self, name, scores)
+        scores = np.concatenate([self.clean, self.triggered])
+        labels = np.repeat([0, 1], [self.clean.size, self.triggered.size])
+        curve = roc_curve(labels, scores, drop_intermediate=False)
+        for name, values in zip(("false_positive_rate", "true_positive_rate", "thresholds"), curve, strict=True):
+            object.__setattr__(self, name, values)
+        object.__setattr__(self, "auroc", float(roc_auc_score(labels, scores)))
+
+    def tpr_at(self, fpr: float) -> float:
+        """The largest true-positive rate at a false-positive rate of at most `fpr`."""
+        return float(self.true_positive_rate[self.false_positive_rate <= fpr].max())
+
+    def rates_at(self, threshold: float) -> tuple[float, float]:
+        """False- and true-positive rate where images scoring above `threshold` are called triggered."""
+        return float((self.clean > threshold).mean()), float((self.triggered > threshold).mean())

@@ -1,0 +1,751 @@
+import contextlib
+import dataclasses
+import io
+import math
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from PIL import Image
+from torch import nn
+
+from bclip_lab import plots
+from bclip_lab.clipping import ClippedModel
+from bclip_lab.data.images import LabelledImages, TriggeredImages
+from bclip_lab.detection import MMBD, MMDF
+from bclip_lab.evaluation import Evaluation, RocCurve
+from bclip_lab.plots import (
+    CLEAN,
+    TRIGGERED,
+    AbnormalityDisplay,
+    ActivationDisplay,
+    BoundsDisplay,
+    EvaluationDisplay,
+    GalleryDisplay,
+    HistoryDisplay,
+    MarginDisplay,
+    MaximumMarginDisplay,
+    RocDisplay,
+    ScoreDisplay,
+    live,
+)
+
+CLASSES = ("cat", "dog", "cow")
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left_open():
+    yield
+    plt.close("all")
+
+
+@dataclass(frozen=True)
+class FirstChannel:
+    """An attack with a known answer: the first channel becomes `value`, the target is class 1."""
+
+    value: float = 1.0
+
+    def triggered(self, data):
+        rows = torch.nonzero(data.labels != 1).flatten()
+        images = data.images[rows].clone()
+        images[:, 0] = self.value
+        labels = data.labels[rows]
+        return TriggeredImages(images, labels, torch.ones_like(labels), rows, data.classes)
+
+
+def pixels(*values):
+    """Images of one RGB pixel."""
+    return torch.tensor(values, dtype=torch.float32)[:, :, None, None]
+
+
+@pytest.fixture
+def data():
+    images = pixels((0.1, 0.2, 0.3), (0.2, 0.4, 0.6), (0.0, 0.5, 0.2), (0.4, 0.1, 0.1))
+    return LabelledImages(images, torch.tensor([0, 1, 2, 0]), CLASSES)
+
+
+def linear(weight):
+    layer = nn.Linear(len(weight[0]), len(weight), bias=False)
+    layer.weight.data = torch.tensor(weight, dtype=torch.float32)
+    return layer
+
+
+@pytest.fixture
+def clipped():
+    """Activations (red, 2 green) at site "2" and their sum at "4"; logits (0, 10 sum - 5, -100)."""
+    head = nn.Linear(1, 3)
+    head.weight.data, head.bias.data = torch.tensor([[0.0], [10], [0]]), torch.tensor([0.0, -5, -100])
+    layers = linear([[1, 0, 0], [0, 2, 0]]), nn.ReLU(), linear([[1, 1]]), nn.ReLU()
+    return ClippedModel(nn.Sequential(nn.Flatten(), *layers, head))
+
+
+def heights(container):
+    return [bar.get_height() for bar in container]
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def axes(*shape):
+    """Axes outside pyplot."""
+    return Figure().subplots(*shape)
+
+
+def close_to(expected):
+    return pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+# --- the convention -----------------------------------------------------------------------------------------
+
+
+def displays():
+    evaluation = Evaluation(0.9, 0.5, 0.25, 100, 80)
+    numbers = np.array([0.0, 1.0, 2.0])
+    return [
+        GalleryDisplay(np.zeros((1, 2, 2, 3)), 1),
+        ActivationDisplay("relu", 0, numbers, numbers, 1.5),
+        AbnormalityDisplay({"relu": numbers}),
+        BoundsDisplay({"relu": numbers}),
+        MarginDisplay({"model": numbers}, {"model": numbers}),
+        MaximumMarginDisplay(numbers, CLASSES, 0.01, 2),
+        ScoreDisplay(numbers, numbers, 1.0),
+        RocDisplay(RocCurve(numbers, numbers + 1), "MMDF", 1.0),
+        EvaluationDisplay({"model": evaluation}, 0.8),
+        HistoryDisplay(np.array([1.0, 2.0]), {"loss": np.array([3.0, 1.0])}),
+    ]
+
+
+@pytest.mark.parametrize("display", displays(), ids=lambda display: type(display).__name__)
+def test_convention(display):
+    given = axes()
+    assert display.plot(given) is display
+    drawn = display.axes_.ravel()[0] if hasattr(display, "axes_") else display.ax_
+    assert drawn is given
+    assert display.figure_ is given.figure
+    assert not plt.get_fignums(), "with axes given, pyplot is left alone"
+
+    display.plot()
+    drawn = display.axes_.ravel()[0] if hasattr(display, "axes_") else display.ax_
+    assert drawn is not given
+    assert plt.get_fignums() == [display.figure_.number], "a figure that a notebook shows by itself"
+    display.figure_.canvas.draw()
+
+    assert repr(display).startswith(type(display).__name__ + "(") and len(repr(display)) < 200
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        display.name = "other"
+
+
+def test_colours_of_clean_and_triggered_differ_in_lightness_of_grey_too_little_so_triggered_is_hatched():
+    assert to_hex(CLEAN) != to_hex(TRIGGERED)
+    ax = ScoreDisplay(np.zeros(3), np.ones(3), 0.5).plot(axes()).ax_
+    clean, triggered = ax.containers
+    assert {to_hex(bar.get_facecolor()) for bar in clean} == {CLEAN}
+    assert {to_hex(bar.get_facecolor()) for bar in triggered} == {TRIGGERED}
+    assert not any(bar.get_hatch() for bar in clean) and all(bar.get_hatch() for bar in triggered)
+
+
+# --- images -------------------------------------------------------------------------------------------------
+
+
+def test_gallery_fills_row_by_row_and_leaves_the_rest_empty():
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 4, 6) * 51
+    display = GalleryDisplay.from_images(images, titles="abcde", columns=3).plot()
+    assert display.axes_.shape == (2, 3)
+    shown = [ax.images[0].get_array() for ax in display.axes_.flat[:5]]
+    assert [array.shape for array in shown] == [(4, 6, 3)] * 5
+    assert [float(array.max()) for array in shown] == close_to([0, 0.2, 0.4, 0.6, 0.8])
+    assert [ax.get_title() for ax in display.axes_.flat] == ["a", "b", "c", "d", "e", ""]
+    assert not display.axes_[1, 2].axison
+
+
+def test_gallery_of_labelled_images_is_titled_with_their_classes(data):
+    display = GalleryDisplay.from_images(data).plot()
+    assert display.columns == 4
+    assert [ax.get_title() for ax in display.axes_.flat] == ["cat", "dog", "cow", "cat"]
+    assert not GalleryDisplay.from_images(data.images).titles
+
+
+def test_gallery_of_grey_images_keeps_black_and_white():
+    ax = GalleryDisplay.from_images(torch.full((1, 1, 2, 2), 0.25)).plot(axes()).axes_[0, 0]
+    assert ax.images[0].get_array().shape == (2, 2)
+    assert ax.images[0].get_clim() == (0, 1)
+
+
+def test_gallery_of_an_attack_takes_classes_in_turn(data):
+    before = data.images.clone()
+    display = GalleryDisplay.from_attack(FirstChannel(0.6), data, count=3, magnify=2).plot()
+    assert display.axes_.shape == (3, 3)
+    # rows 0 and 3 are cats, 2 is a cow, 1 is of the target class already
+    assert [ax.get_title() for ax in display.axes_[0]] == ["cat\n→ dog", "cow\n→ dog", "cat\n→ dog"]
+    red = [[float(ax.images[0].get_array()[0, 0, 0]) for ax in row] for row in display.axes_]
+    assert red[0] == close_to([0.1, 0.0, 0.4])
+    assert red[1] == close_to([0.6, 0.6, 0.6])
+    assert red[2] == close_to([1.0, 1.0, 0.9])  # 0.5 + 2 * 0.5, 0.5 + 2 * 0.6 cut off, 0.5 + 2 * 0.2
+    green = display.axes_[2, 0].images[0].get_array()[0, 0, 1]
+    assert green == 0.5, "what does not change is grey"
+    assert [ax.get_ylabel() for ax in display.axes_[:, 0]] == ["clean", "triggered", "difference\n×2"]
+    assert torch.equal(data.images, before)
+
+
+@pytest.mark.parametrize(("moved", "factor"), [(0.1, "×5"), (0.2, "×2"), (0.9, "×1"), (0.0, "×1")])
+def test_gallery_magnifies_by_a_whole_number_that_leaves_every_pixel_in_range(moved, factor):
+    data = LabelledImages(torch.zeros(1, 3, 2, 2), torch.tensor([0]), CLASSES)
+    display = GalleryDisplay.from_attack(FirstChannel(moved), data)
+    assert display.row_labels[2].endswith(factor)
+    assert display.columns == 1
+
+
+def test_gallery_sees_all_classes_of_images_sorted_by_class():
+    data = LabelledImages(torch.zeros(400, 3, 2, 2), torch.arange(400) // 200 * 2, CLASSES)
+    display = GalleryDisplay.from_attack(FirstChannel(), data, count=2)
+    assert display.titles[:2] == ("cat\n→ dog", "cow\n→ dog")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda data: GalleryDisplay.from_images(data.images[:0]), "images is empty"),
+        (
+            lambda data: GalleryDisplay.from_images(torch.zeros(1, 2, 4, 4)),
+            "1 or 3 channels to be shown, got 2",
+        ),
+        (
+            lambda data: GalleryDisplay.from_images(data, ["a"]),
+            "titles must be as many as images, got 1 for 4",
+        ),
+        (lambda data: GalleryDisplay.from_images(data, columns=0), "columns must be at least 1, got 0"),
+        (
+            lambda data: GalleryDisplay.from_images(data).plot(axes(1, 2)),
+            r"axes must be 4 axes \(1 x 4\), got 2",
+        ),
+        (lambda data: GalleryDisplay.from_attack(FirstChannel(), data, 0), "count must be at least 1, got 0"),
+        (lambda data: GalleryDisplay.from_attack(FirstChannel(), data, magnify=0), "magnify must be above 0"),
+    ],
+)
+def test_gallery_refuses(call, message, data):
+    with pytest.raises(ValueError, match=message):
+        call(data)
+
+
+# --- activations and bounds ---------------------------------------------------------------------------------
+
+
+def test_activations_of_a_channel_and_of_all(clipped, data):
+    triggered = FirstChannel().triggered(data)
+    green = ActivationDisplay.from_model(clipped, data, triggered, "2", channel=1)
+    assert green.clean.tolist() == close_to([0.4, 0.8, 1.0, 0.2])
+    assert green.triggered.tolist() == close_to([0.4, 1.0, 0.2])
+    largest = ActivationDisplay.from_model(clipped, data.images, triggered.images, "2")
+    assert largest.clean.tolist() == close_to([0.4, 0.8, 1.0, 0.4])
+    assert largest.triggered.tolist() == close_to([1.0, 1.0, 1.0])
+    assert largest.bound == math.inf
+
+
+def test_activations_are_drawn_in_per_cent_of_their_own_images_with_the_bound_as_a_line(clipped, data):
+    clipped.set_bounds({"2": torch.tensor([0.5, 0.75])})
+    display = ActivationDisplay.from_model(clipped, data, FirstChannel().triggered(data), "2", channel=1)
+    ax = display.plot(axes()).ax_
+    clean, triggered = ax.containers
+    assert sum(heights(clean)) == close_to(100) and sum(heights(triggered)) == close_to(100)
+    assert max(heights(clean)) == close_to(25) and max(heights(triggered)) == close_to(100 / 3)
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0.75, 0.75]]
+    assert "bound: 0.75" in legend(ax)
+    assert "channel 1" in ax.get_title() and ax.get_xlabel() and ax.get_ylabel()
+    largest = ActivationDisplay.from_model(clipped, data, data, "2").plot(axes())
+    assert largest.bound == 0.75
+    assert "largest bound of the site: 0.75" in legend(largest.ax_)
+
+
+def test_no_bound_no_line(clipped, data):
+    ax = ActivationDisplay.from_model(clipped, data, data, "2", 0).plot(axes()).ax_
+    assert not ax.lines and legend(ax) == ["clean (4 images)", "triggered (4 images)"]
+
+
+@pytest.mark.parametrize(
+    ("clean", "site", "channel", "message"),
+    [
+        (slice(None), "relu", None, "no site 'relu'; the sites are 2, 4"),
+        (slice(None), "2", 2, r"channel must lie in \[0, 2\) at site '2', got 2"),
+        (slice(None), "2", -1, r"channel must lie in \[0, 2\)"),
+        (slice(0), "2", None, "clean is empty"),
+    ],
+)
+def test_activations_refuse(clipped, data, clean, site, channel, message):
+    with pytest.raises(ValueError, match=message):
+        ActivationDisplay.from_model(clipped, data[clean], data, site, channel)
+
+
+def test_abnormality_knows_the_worst_channel(clipped, data):
+    display = AbnormalityDisplay.from_model(clipped, data, FirstChannel().triggered(data))
+    # red: 1.0 after 0.4; green as before. Sums: 1.0 + 1.0 (the cow) after 0.2 + 0.8 (the dog)
+    assert display.ratios["2"].tolist() == close_to([2.5, 1.0])
+    assert display.worst() == [("2", 0, close_to(2.5)), ("4", 0, close_to(2.0))]
+
+
+def test_abnormality_is_measured_on_the_model_as_given(clipped, data):
+    clipped.set_bounds({"2": torch.tensor([0.4, torch.inf])})
+    bounds = clipped.bounds
+    display = AbnormalityDisplay.from_model(clipped, data, FirstChannel().triggered(data))
+    assert display.ratios["2"].tolist() == close_to([2.5, 1.0]), "before the clip of the site itself"
+    assert display.ratios["4"].tolist() == close_to([1.4]), "after the clips of those before it"
+    assert all(torch.equal(clipped.bounds[site], bound) for site, bound in bounds.items())
+
+
+def test_abnormality_is_drawn_sorted_with_no_cell_where_there_is_no_channel():
+    ratios = {"relu": np.array([0.0, 8.0, 2.0]), "relu_1": np.array([0.5])}
+    ax = AbnormalityDisplay(ratios).plot(axes()).ax_
+    mesh = ax.collections[0]
+    cells = np.ma.getdata(mesh.get_array()).reshape(2, 3)
+    hidden = np.ma.getmaskarray(mesh.get_array()).reshape(2, 3)
+    assert hidden.tolist() == [[False] * 3, [False, True, True]]
+    assert cells[0].tolist() == [8.0, 2.0, 1 / 8], "below the end of the scale its last colour is drawn"
+    assert cells[1, 0] == 0.5
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (1 / 8, 8.0), "centred at 1 on a logarithmic scale"
+    assert mesh.norm(1.0) == close_to(0.5)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["relu", "relu_1"]
+    assert [text.get_text() for text in ax.texts] == ["channel 1: ×8", "channel 0: ×0.5"]
+    assert ratios["relu"].tolist() == [0.0, 8.0, 2.0]
+
+
+def test_bounds_are_compared_with_the_clean_maximum_of_the_original(clipped, data):
+    clipped.set_bounds({"2": torch.tensor([0.1, torch.inf]), "4": 0.5})
+    display = BoundsDisplay.from_model(clipped, data)
+    assert display.ratios["2"].tolist() == close_to([0.25, math.inf])
+    assert display.ratios["4"].tolist() == close_to([0.5]), "0.5 of 1.0, though the first clip lowers that"
+
+
+def test_bounds_of_silent_channels_and_sites_count_as_no_cut():
+    bounds = {"relu": torch.tensor([0.5, 3.0]), "relu_1": [0.25]}
+    display = BoundsDisplay.from_bounds(bounds, {"relu": [0.0, 4.0], "relu_1": [0.0]})
+    assert {site: values.tolist() for site, values in display.ratios.items()} == {
+        "relu": [12.5, 0.75],
+        "relu_1": [0.25],
+    }
+
+
+def test_bounds_are_drawn_from_0_to_1_most_cut_first():
+    ax = BoundsDisplay({"relu": np.array([np.inf, 0.5, -0.1])}).plot(axes()).ax_
+    mesh = ax.collections[0]
+    assert np.ma.getdata(mesh.get_array()).ravel().tolist() == [0.0, 0.5, 1.0]
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 1)
+    assert [text.get_text() for text in ax.texts] == ["2 of 3 cut"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "maximum", "message"),
+    [
+        ({}, {}, "must have the same sites"),
+        ({"relu": [1.0]}, {"relu_1": [1.0]}, r"same sites, got \['relu'\] and \['relu_1'\]"),
+        ({"relu": [1.0]}, {"relu": [1.0, 2.0]}, r"site 'relu': .*\(1,\) and \(2,\)"),
+    ],
+)
+def test_bounds_refuse(bounds, maximum, message):
+    with pytest.raises(ValueError, match=message):
+        BoundsDisplay.from_bounds(bounds, maximum)
+
+
+# --- margins ------------------------------------------------------------------------------------------------
+
+
+def test_margins_of_the_true_and_of_the_target_class(clipped, data):
+    # sums .5, 1.0, 1.0, .6; logits (0, 10 sum - 5, -100)
+    bounded = ClippedModel(clipped.original)
+    bounded.set_bounds({"4": 0.25})
+    models = {"before": clipped.original, "after": bounded}
+    display = MarginDisplay.from_models(models, data, FirstChannel())
+    assert display.clean["before"].tolist() == close_to([0.0, 5.0, -105.0, -1.0])
+    assert display.triggered["before"].tolist() == close_to([9.0, 15.0, 7.0])
+    assert display.clean["after"].tolist() == close_to([2.5, -2.5, -100.0, 2.5])
+    assert display.triggered["after"].tolist() == close_to([-2.5] * 3)
+
+
+def test_margins_are_drawn_on_one_scale_for_all_models():
+    clean = {"a": np.array([1.0, 2.0]), "b": np.array([-1.0, 1.0])}
+    triggered = {"a": np.array([9.0, 10.0]), "b": np.array([-2.0])}
+    display = MarginDisplay(clean, triggered).plot(axes(2))
+    assert display.axes_.shape == (2,)
+    assert [ax.get_xlim() for ax in display.axes_] == [(-2.0, 10.0)] * 2
+    assert [ax.get_title() for ax in display.axes_] == ["Margins, a", "Margins, b"]
+    assert legend(display.axes_[1]) == [
+        "clean (2 images): 50.0% right of 0",
+        "triggered (1 images): 0.0% right of 0",
+    ]
+    assert "margin in logits" in display.axes_[1].get_xlabel()
+    assert MarginDisplay(clean, triggered).plot().axes_[0].get_xlim() == (-2.0, 10.0)
+
+
+def test_margins_refuse(clipped, data):
+    with pytest.raises(ValueError, match="models is empty"):
+        MarginDisplay.from_models({}, data, FirstChannel())
+    with pytest.raises(ValueError, match="data is empty"):
+        MarginDisplay.from_models({"a": clipped}, data[:0], FirstChannel())
+
+
+def test_maximum_margins_with_and_without_a_target():
+    detector = MMBD(nn.Identity())
+    with pytest.raises(ValueError, match="not fitted"):
+        MaximumMarginDisplay.from_detector(detector, "abcde")
+    detector.judge(np.array([3.0, 200.0, 4.0, 5.0, 4.5]))
+    with pytest.raises(ValueError, match="5 names, got 3"):
+        MaximumMarginDisplay.from_detector(detector, CLASSES)
+    ax = MaximumMarginDisplay.from_detector(detector, "abcde").plot(axes()).ax_
+    bars = ax.containers[0]
+    assert [bar.get_width() for bar in bars] == [3.0, 200.0, 4.0, 5.0, 4.5]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list("abcde")
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, True, False, False, False]
+    assert [to_hex(bar.get_facecolor()) == TRIGGERED for bar in bars] == [False, True, False, False, False]
+    assert "target 'b'" in ax.get_title() and f"p = {detector.p_value_:.2g}" in ax.get_title()
+    assert "assumes one target class" in ax.get_title()
+
+    detector.judge(np.array([3.0, 5.5, 4.0, 5.0, 4.5]))
+    ax = MaximumMarginDisplay.from_detector(detector, "abcde").plot(axes()).ax_
+    assert "no attack found" in ax.get_title()
+    assert not any(bar.get_hatch() for bar in ax.containers[0])
+
+
+# --- detection ----------------------------------------------------------------------------------------------
+
+
+class Redness:
+    """A detector with a known answer: the score is the mean of the first channel."""
+
+    def __init__(self, threshold=None):
+        if threshold is not None:
+            self.threshold_ = threshold
+
+    def score(self, images):
+        return images[:, 0].mean((1, 2))
+
+
+def test_scores_and_the_rates_at_the_threshold(data):
+    display = ScoreDisplay.from_detector(Redness(0.15), data, FirstChannel(0.3))
+    assert display.clean.tolist() == close_to([0.1, 0.2, 0.0, 0.4])
+    assert display.triggered.tolist() == close_to([0.3, 0.3, 0.3])
+    ax = display.plot(axes()).ax_
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0.15, 0.15]]
+    assert sorted(legend(ax)) == [
+        "clean (4 images): FPR 0.500",
+        "threshold: 0.15",
+        "triggered (3 images): TPR 1.000",
+    ]
+    assert "Redness" in ax.get_title()
+
+
+def test_scores_of_mmdf(clipped, data):
+    with pytest.raises(ValueError, match="call fit"):
+        ScoreDisplay.from_detector(MMDF(clipped), data, FirstChannel())
+    clipped.set_bounds({"4": 0.5})
+    detector = MMDF(clipped).fit(data)
+    display = ScoreDisplay.from_detector(detector, data, FirstChannel())
+    assert display.threshold == detector.threshold_ and display.name == "MMDF"
+    # sums 1.4, 2.0, 1.2 fall to 0.5: the margin of class 1 from 9, 15, 7 to 0
+    assert display.triggered.tolist() == close_to([9.0, 15.0, 7.0])
+
+
+def test_roc_with_its_operating_point(data):
+    ax = RocDisplay.from_detector(Redness(0.25), data, FirstChannel(0.3)).plot(axes()).ax_
+    chance, curve, point = ax.lines
+    assert list(chance.get_xdata()) == list(chance.get_ydata()) == [0, 1]
+    assert curve.get_xdata()[0] == 0 and curve.get_xdata()[-1] == 1
+    assert (list(point.get_xdata()), list(point.get_ydata())) == ([0.25], [1.0])
+    assert legend(ax) == ["chance", "Redness: AUROC 0.750", "at its threshold: FPR 0.250, TPR 1.000"]
+    assert curve.get_color() not in (CLEAN, TRIGGERED)
+
+
+def test_roc_without_a_threshold(data):
+    display = RocDisplay.from_detector(Redness(), data, FirstChannel(), name="red")
+    assert display.threshold is None
+    assert legend(display.plot(axes()).ax_) == ["chance", "red: AUROC 1.000"]
+
+
+def test_roc_curves_are_laid_over_one_another():
+    ax = axes()
+    for index in range(3):
+        RocDisplay.from_curve(RocCurve([0, 1, 2], [index, 3]), f"curve {index}", 1.5).plot(ax)
+    curves = [line for line in ax.lines if line.get_gid() == "roc"]
+    assert len({line.get_color() for line in curves}) == len({line.get_linestyle() for line in curves}) == 3
+    assert legend(ax).count("chance") == 1
+    points = [line for line in ax.lines if line.get_gid() == "operating point"]
+    assert [p.get_markerfacecolor() for p in points] == [c.get_color() for c in curves]
+
+
+def test_roc_on_a_logarithmic_rate_keeps_what_lies_at_zero():
+    ax = RocDisplay.from_curve(RocCurve(np.arange(50), [100, 0.5]), "a", 60).plot(axes(), log_fpr=True).ax_
+    chance, curve, point = ax.lines
+    assert ax.get_xscale() == "log" and ax.get_xlim() == (0.01, 1)
+    assert list(chance.get_xdata()) == list(chance.get_ydata())
+    assert 0 < min(curve.get_xdata()) < 0.01, "beyond the left edge, where a logarithmic axis has no zero"
+    assert (list(point.get_xdata()), list(point.get_ydata())) == ([0.01], [0.5])
+    RocDisplay.from_curve(RocCurve(np.arange(500), [100, 0.5]), "b").plot(ax)
+    assert ax.get_xscale() == "log" and ax.get_xlim() == (0.001, 1)
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_in_groups():
+    evaluations = {
+        "attacked": Evaluation(0.99, 1.0, 0.0, 200, 180),
+        "clipped": Evaluation(0.98, 0.02, 0.95, 200, 180),
+    }
+    ax = EvaluationDisplay.from_evaluations(evaluations, ceiling=0.97).plot(axes()).ax_
+    attacked, clipped = ax.containers
+    assert heights(attacked) == [0.99, 1.0, 0.0] and heights(clipped) == [0.98, 0.02, 0.95]
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in (*attacked, *clipped)]
+    assert centres == close_to([-0.2, 0.8, 1.8, 0.2, 1.2, 2.2])
+    assert [text.get_text() for text in ax.texts] == ["0.990", "1.000", "0.000", "0.980", "0.020", "0.950"]
+    (line,) = ax.lines
+    assert list(line.get_ydata()) == [0.97, 0.97] and line.get_linestyle() == "--"
+    assert 1.5 < min(line.get_xdata()) < max(line.get_xdata()) < 2.5, "above RA alone"
+    assert legend(ax) == ["attacked", "clipped", "RA of a clean network: 0.970"]
+    assert [label.get_text().split("\n")[:2] for label in ax.get_xticklabels()] == [
+        ["ACC", "200 clean images"],
+        ["ASR", "180 triggered images"],
+        ["RA", "180 triggered images"],
+    ]
+    assert attacked[0].get_hatch() != clipped[0].get_hatch()
+
+
+def test_evaluations_leave_out_what_was_not_measured():
+    clean = Evaluation(0.99, math.nan, math.nan, 200, 0)
+    attacked = Evaluation(0.98, 1.0, 0.0, 100, 90)
+    ax = EvaluationDisplay.from_evaluations({"clean": clean, "attacked": attacked}).plot(axes()).ax_
+    assert [heights(bars) for bars in ax.containers] == [[0.99], [0.98, 1.0, 0.0]]
+    assert ax.get_xticklabels()[0].get_text().split("\n")[1] == "clean images", "not of one number of images"
+    ax = EvaluationDisplay.from_evaluations({"clean": clean}, ceiling=0.9).plot(axes()).ax_
+    assert [label.get_text()[:3] for label in ax.get_xticklabels()] == ["ACC"]
+    assert not ax.lines
+
+
+def test_evaluations_refuse():
+    with pytest.raises(ValueError, match="evaluations is empty"):
+        EvaluationDisplay.from_evaluations({})
+    with pytest.raises(ValueError, match=r"ceiling must lie in \[0, 1\], got 97"):
+        EvaluationDisplay.from_evaluations({"a": Evaluation(0.9, 0.9, 0.1, 10, 9)}, ceiling=97)
+
+
+# --- progress -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LearnStep:
+    epoch: int
+    epochs: int
+    loss: float
+    penalty: float | None
+    train_accuracy: float
+    done: bool
+    model: object
+
+
+def learn(epochs=3, log=None, penalty=None):
+    try:
+        for epoch in range(1, epochs + 1):
+            yield LearnStep(epoch, epochs, 1 / epoch, penalty, epoch / 10, False, object())
+    finally:
+        if log is not None:
+            log.append("closed")
+
+
+def test_history_of_steps():
+    display = HistoryDisplay.from_steps(learn(3))
+    assert display.epoch.tolist() == [1, 2, 3] and display.epochs == 3
+    assert {name: values.tolist() for name, values in display.series.items()} == {
+        "loss": [1, 1 / 2, 1 / 3],
+        "train_accuracy": [0.1, 0.2, 0.3],
+    }
+    display.plot(axes(1, 2))
+    assert [ax.get_title() for ax in display.axes_.flat] == ["loss", "train accuracy"]
+    (line,) = display.axes_[0, 0].lines
+    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert display.axes_[0, 0].get_xlim() == (1, 3) and display.axes_[0, 0].get_xlabel() == "epoch"
+
+
+def test_history_of_an_unfinished_run_spans_all_its_epochs():
+    steps = [step for step, _ in zip(learn(10), range(2), strict=False)]
+    assert HistoryDisplay.from_steps(steps).plot().axes_[0, 0].get_xlim() == (1, 10)
+
+
+def test_history_of_recorded_numbers():
+    records = [
+        {"epoch": 1, "loss": 2.0, "tau": None, "note": "x", "sites": [1, 2], "only_here": 1},
+        {"epoch": 5, "loss": None, "tau": math.nan, "note": "y", "sites": [1, 2]},
+    ]
+    display = HistoryDisplay.from_records(records)
+    assert list(display.series) == ["loss", "only_here"] and display.epochs is None
+    assert display.series["loss"][0] == 2 and np.isnan(display.series["loss"][1])
+    assert records[0]["loss"] == 2.0
+
+
+def test_history_has_three_panels_a_row():
+    display = HistoryDisplay.from_records([{"epoch": 1, **dict.fromkeys("abcd", 0.5)}]).plot()
+    assert display.shape == display.axes_.shape == (2, 3)
+    assert [ax.axison for ax in display.axes_.flat] == [True] * 4 + [False] * 2
+    assert [ax.get_xlabel() for ax in display.axes_.flat[:4]] == ["", "epoch", "epoch", "epoch"]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "there are no records"),
+        ([{"epoch": 1, "loss": 1.0}, {"loss": 1.0}], r"record 1 has no number 'epoch', only \['loss'\]"),
+        ([{"epoch": 1, "epochs": 2, "loss": None}], "no number but 'epoch'"),
+    ],
+)
+def test_history_refuses(records, message):
+    with pytest.raises(ValueError, match=message):
+        HistoryDisplay.from_records(records)
+    with pytest.raises(ValueError, match="no records"):
+        HistoryDisplay.from_steps([])
+
+
+def test_live_passes_the_records_through(capsys):
+    steps = list(learn(4))
+    passed = list(live(iter(steps)))
+    assert len(passed) == 4 and all(a is b for a, b in zip(passed, steps, strict=True))
+    bar = capsys.readouterr().err
+    assert "4/4" in bar and "loss 0.25, train_accuracy 0.4" in bar
+    assert not plt.get_fignums()
+
+
+def test_live_takes_any_records(capsys):
+    assert list(live([1, 2, 3])) == [1, 2, 3]
+    assert list(live([])) == []
+    assert list(live([{"epoch": None, "loss": 1.0}])) == [{"epoch": None, "loss": 1.0}]
+    assert "3epoch" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="every must be at least 0 seconds, got -1"):
+        live([], every=-1)
+
+
+def test_live_without_a_progress_bar(monkeypatch):
+    monkeypatch.setattr(plots, "tqdm", lambda **options: real(disable=True, **options))
+    from tqdm import tqdm as real
+
+    assert len(list(live(learn(3)))) == 3
+
+
+def test_live_closes_what_it_is_given_when_broken_off():
+    log = []
+    for step in live(learn(3, log)):
+        break
+    assert log == ["closed"]
+
+    steps = live(learn(3, log := []))
+    next(steps)
+    assert not log
+    steps.close()
+    assert log == ["closed"]
+
+    with pytest.raises(KeyboardInterrupt):
+        for step in live(learn(3, log := [])):
+            raise KeyboardInterrupt
+    assert log == ["closed"]
+
+
+class Screen:
+    """What IPython shows, in the place of a kernel."""
+
+    def __init__(self):
+        self.pictures, self.identities = [], 0
+
+    def display(self, image, display_id):
+        self.pictures.append(image.data)
+        self.identities += 1
+        return SimpleNamespace(update=lambda image: self.pictures.append(image.data))
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    import IPython
+    import IPython.display
+
+    screen = Screen()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setattr(IPython.display, "display", screen.display)
+    return screen
+
+
+def test_live_draws_in_place_in_a_notebook(screen):
+    for step in live(learn(3), every=0):
+        assert len(screen.pictures) == step.epoch
+    assert screen.identities == 1, "one output, updated"
+    assert len({*screen.pictures}) == 3
+    for png in screen.pictures:
+        width, height = Image.open(io.BytesIO(png)).size
+        assert width > height > 100
+    assert not plt.get_fignums(), "the figures of the cell itself are left alone"
+
+
+def test_live_draws_no_more_often_than_asked_and_always_the_last(screen):
+    shown = []
+    for step in live(learn(5), every=1000):
+        shown.append(len(screen.pictures))
+    assert shown == [1] * 5
+    assert len(screen.pictures) == 2 and screen.pictures[0] != screen.pictures[1]
+    list(live(learn(1), every=1000))
+    assert len(screen.pictures) == 3, "the last record is not drawn twice"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit, ValueError])
+def test_live_leaves_the_last_picture_when_broken_off(screen, error):
+    def failing():
+        yield from learn(2)
+        raise error
+
+    with contextlib.suppress(error):
+        for step in live(failing(), every=1000):
+            pass
+    assert len(screen.pictures) == 2
+
+
+def test_live_draws_nothing_without_numbers(screen):
+    assert list(live([{"epoch": 1}, {"epoch": 2, "loss": 1.0}], every=0))
+    assert len(screen.pictures) == 1
+
+
+def test_live_does_not_import_ipython(monkeypatch):
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    assert not plots._in_notebook()
+    assert "IPython" not in sys.modules
+
+
+@pytest.mark.slow
+def test_a_saved_notebook_shows_the_last_picture(tmp_path, monkeypatch):
+    for name in ("MPLBACKEND", "JPY_PARENT_PID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    source = """
+from bclip_lab.plots import HistoryDisplay, live
+def learn():
+    for epoch in range(1, 4):
+        yield {"epoch": epoch, "epochs": 3, "loss": 1 / epoch}
+"""
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(source),
+            nbformat.v4.new_code_cell("for step in live(learn(), every=0): pass"),
+            nbformat.v4.new_code_cell(
+                "for step in live(learn(), every=0):\n    if step['epoch'] == 2: raise KeyboardInterrupt"
+            ),
+            nbformat.v4.new_code_cell("HistoryDisplay.from_records(list(learn())).plot()"),
+        ]
+    )
+    with contextlib.suppress(CellExecutionError):
+        NotebookClient(notebook, timeout=120, allow_errors=True).execute()
+    _, whole, broken, drawn = (
+        [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+        for cell in notebook.cells
+    )
+    assert len(whole) == len(broken) == 1, "one picture each, in place"
+    assert whole != broken
+    assert len(drawn) == 1, "a notebook shows a display's figure by itself"

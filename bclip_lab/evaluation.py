@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
@@ -48,12 +47,17 @@ class Evaluation:
 
     @classmethod
     def from_decisions(
-        cls, clean: Tensor, labels: Tensor, triggered: Tensor | None = None, images: TriggeredImages | None = None
+        cls,
+        clean: Tensor,
+        labels: Tensor,
+        triggered: Tensor | None = None,
+        images: TriggeredImages | None = None,
     ) -> Evaluation:
         """Count decisions, int64 (N,) on clean images of true `labels` and (M,) on `images`.
 
         Examples
         --------
+        >>> import torch
         >>> Evaluation.from_decisions(torch.tensor([0, 1]), torch.tensor([0, 0]))
         Evaluation(ACC 0.500 of 2)
         """
@@ -71,7 +75,8 @@ def evaluate(model: nn.Module, test: LabelledImages, attack: Attack | None = Non
     Parameters
     ----------
     model
-        Any classifier of images (N, C, H, W), float32 in [0, 1]; evaluated in evaluation mode, its mode restored.
+        Any classifier of images (N, C, H, W), float32 in [0, 1]; evaluated in evaluation mode, its mode is
+        restored.
     test
         Clean images with their true labels.
     attack
@@ -104,15 +109,15 @@ class RocCurve:
     Attributes
     ----------
     false_positive_rate, true_positive_rate, thresholds
-        float (T,): points of the curve, as `sklearn.metrics.roc_curve` gives them; an image is called triggered
-        where its score is at least the threshold.
+        float (T,): points of the curve, as `sklearn.metrics.roc_curve` gives them; an image is called
+        triggered where its score is at least the threshold.
     auroc
         Area under the curve, in [0, 1].
 
     Raises
     ------
     ValueError
-        Either part is empty, or a score is NaN.
+        Either part is empty, or a score is NaN or infinite.
 
     Examples
     --------
@@ -134,8 +139,11 @@ class RocCurve:
         parts = {"clean": clean, "triggered": triggered}
         for name, given in parts.items():
             scores = np.asarray(given, dtype=np.float64).ravel()
-            if not scores.size or np.isnan(scores).any():
-                raise ValueError(f"{name} must hold at least one score and no NaN, got {scores.size} scores")
+            if not scores.size or not np.isfinite(scores).all():
+                raise ValueError(
+                    f"{name} must hold at least one score and finite ones only, got {scores.size} scores, "
+                    f"{np.isfinite(scores).sum()} of them finite"
+                )
             object.__setattr__(self, name, scores)
         scores = np.concatenate([self.clean, self.triggered])
         labels = np.repeat([0, 1], [self.clean.size, self.triggered.size])
@@ -145,7 +153,9 @@ class RocCurve:
         object.__setattr__(self, "auroc", float(roc_auc_score(labels, scores)))
 
     def tpr_at(self, fpr: float) -> float:
-        """The largest true-positive rate at a false-positive rate of at most `fpr`."""
+        """The largest true-positive rate at a false-positive rate of at most `fpr`, in [0, 1]."""
+        if not 0 <= fpr <= 1:
+            raise ValueError(f"fpr must lie in [0, 1], got {fpr}")
         return float(self.true_positive_rate[self.false_positive_rate <= fpr].max())
 
     def rates_at(self, threshold: float) -> tuple[float, float]:

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from bclip_lab.data.images import LabelledImages, check_images, to_float
 
-__all__ = ["ResNet", "device_of", "evaluating", "logits", "resnet", "resnet10", "resnet18"]
+__all__ = [
+    "ResNet",
+    "bfloat16_is_fast",
+    "device_of",
+    "evaluating",
+    "logits",
+    "resnet",
+    "resnet10",
+    "resnet18",
+]
 
 
 class Normalise(nn.Module):
@@ -41,9 +50,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output, after its second ReLU."""
@@ -72,8 +79,8 @@ class ResNet(nn.Module):
         super().__init__()
         if classes < 2 or width < 1 or channels < 1 or not blocks or min(blocks) < 1:
             raise ValueError(
-                "a ResNet needs classes >= 2, width >= 1, channels >= 1 and at least one block in every stage, "
-                f"got classes={classes}, width={width}, channels={channels}, blocks={tuple(blocks)}"
+                "a ResNet needs classes >= 2, width >= 1, channels >= 1 and at least one block in every "
+                f"stage, got classes={classes}, width={width}, channels={channels}, blocks={tuple(blocks)}"
             )
         self.normalise = Normalise(mean or [0.5] * channels, std or [0.25] * channels)
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
@@ -164,6 +171,11 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether autocast to bfloat16 pays on this device: CUDA, or a CPU with the instructions."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager

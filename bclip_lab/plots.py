@@ -99,7 +99,9 @@ def _tensor(images: Images, name: str) -> Tensor:
 
 def _array(values: Tensor | ArrayLike) -> Floats:
     """A copy, so that a display keeps its numbers whatever becomes of what they were measured on."""
-    return np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.array(values, dtype=np.float64)
 
 
 def _axes(ax: Axes | None, width: float, height: float) -> Axes:
@@ -108,9 +110,7 @@ def _axes(ax: Axes | None, width: float, height: float) -> Axes:
     return ax
 
 
-def _grid(
-    axes: Any, rows: int, columns: int, width: float, height: float, sharex: bool = False
-) -> NDArray[Any]:
+def _grid(axes: Any, rows: int, columns: int, width: float, height: float, sharex: bool = False) -> NDArray[Any]:
     """The given axes, one or an array, as an array (rows, columns); new ones where None is given."""
     if axes is None:
         _, axes = plt.subplots(
@@ -144,17 +144,13 @@ def _edges(*values: Floats) -> Floats:
     return np.histogram_bin_edges(np.concatenate(values), bins=_BINS)
 
 
-def _histogram(
-    ax: Axes, clean: Floats, triggered: Floats, edges: Floats, notes: Sequence[str] = ("", "")
-) -> None:
+def _histogram(ax: Axes, clean: Floats, triggered: Floats, edges: Floats, notes: Sequence[str] = ("", "")) -> None:
     """Two histograms, each in per cent of its own images."""
     styles: tuple[dict[str, Any], ...] = (
         {"color": CLEAN, "alpha": 0.75},
         {"color": TRIGGERED, "alpha": 0.6, "hatch": _HATCH, "edgecolor": TRIGGERED},
     )
-    for name, values, style, note in zip(
-        ("clean", "triggered"), (clean, triggered), styles, notes, strict=True
-    ):
+    for name, values, style, note in zip(("clean", "triggered"), (clean, triggered), styles, notes, strict=True):
         label = f"{name} ({len(values)} images){note}"
         sns.histplot(x=values, bins=edges, stat="percent", ax=ax, linewidth=0, label=label, **style)
     highest = max(bar.get_height() for container in ax.containers for bar in container)
@@ -233,9 +229,7 @@ class GalleryDisplay:
     figure_: Figure | SubFigure = field(init=False, repr=False)
 
     @classmethod
-    def from_images(
-        cls, images: Images, titles: Sequence[str] | None = None, columns: int = 8
-    ) -> GalleryDisplay:
+    def from_images(cls, images: Images, titles: Sequence[str] | None = None, columns: int = 8) -> GalleryDisplay:
         """Show images (N, C, H, W), grey or RGB, under titles: class names by default, where known.
 
         Raises
@@ -245,6 +239,7 @@ class GalleryDisplay:
 
         Examples
         --------
+        >>> import torch
         >>> GalleryDisplay.from_images(torch.zeros(3, 3, 8, 8), ("a", "b", "c"), columns=2)
         GalleryDisplay(columns=2)
         """
@@ -371,9 +366,7 @@ class ActivationDisplay:
         if site not in clipped.channels:
             raise ValueError(f"there is no site {site!r}; the sites are {', '.join(clipped.sites)}")
         if channel is not None and not 0 <= channel < clipped.channels[site]:
-            raise ValueError(
-                f"channel must lie in [0, {clipped.channels[site]}) at site {site!r}, got {channel}"
-            )
+            raise ValueError(f"channel must lie in [0, {clipped.channels[site]}) at site {site!r}, got {channel}")
         parts = []
         for images, name in ((clean, "clean"), (triggered, "triggered")):
             values = clipped.site_activations(_tensor(images, name), site)
@@ -452,9 +445,7 @@ class AbnormalityDisplay:
                 "ticks": _around_one(limit),
             },
         )
-        title = (
-            "How far above the clean maximum triggered images reach; on the right each site's worst channel"
-        )
+        title = "How far above the clean maximum triggered images reach; on the right each site's worst channel"
         _label(ax, title, "channels of a site, most abnormal first (hatched: the site has no more)", "")
         _keep(self, ax_=ax, figure_=ax.figure)
         return self
@@ -501,9 +492,7 @@ class BoundsDisplay:
         {'relu': array([0.25,  inf])}
         """
         if not bounds or bounds.keys() != maximum.keys():
-            raise ValueError(
-                f"bounds and maximum must have the same sites, got {list(bounds)} and {list(maximum)}"
-            )
+            raise ValueError(f"bounds and maximum must have the same sites, got {list(bounds)} and {list(maximum)}")
         ratios = {}
         for site, given in bounds.items():
             above, largest = _array(given), _array(maximum[site])
@@ -549,9 +538,7 @@ class MarginDisplay:
     figure_: Figure | SubFigure = field(init=False, repr=False)
 
     @classmethod
-    def from_models(
-        cls, models: Mapping[str, nn.Module], data: LabelledImages, attack: Attack
-    ) -> MarginDisplay:
+    def from_models(cls, models: Mapping[str, nn.Module], data: LabelledImages, attack: Attack) -> MarginDisplay:
         """Measure named models on clean images and on those that the attack makes of them.
 
         Raises `ValueError` where there are no models or no images.
@@ -601,7 +588,7 @@ class MaximumMarginDisplay:
 
     @classmethod
     def from_detector(cls, detector: MMBD, classes: Sequence[str]) -> MaximumMarginDisplay:
-        """Show the verdict of a fitted detector; raises `ValueError` before `fit` or for other than K names."""
+        """Show what a fitted detector found; raises `ValueError` before `fit`, or for other than K names."""
         if not hasattr(detector, "margins_"):
             raise ValueError("detector is not fitted: call fit or judge first")
         if len(classes) != len(detector.margins_):
@@ -619,9 +606,7 @@ class MaximumMarginDisplay:
         ax.set_yticks(range(count), self.classes)
         ax.invert_yaxis()
         ax.margins(x=0.12)
-        verdict = (
-            "no attack found" if self.target is None else f"attacked, target {self.classes[self.target]!r}"
-        )
+        verdict = "no attack found" if self.target is None else f"attacked, target {self.classes[self.target]!r}"
         _label(
             ax,
             f"Maximum margins: {verdict}\n(p = {self.p_value:.2g}; MM-BD assumes one target class)",
@@ -669,9 +654,7 @@ class ScoreDisplay:
         )
         edges = _edges(self.clean, self.triggered)
         _histogram(ax, self.clean, self.triggered, edges, (f": FPR {fpr:.3f}", f": TPR {tpr:.3f}"))
-        ax.axvline(
-            self.threshold, color="black", linestyle="dashed", label=f"threshold: {self.threshold:.3g}"
-        )
+        ax.axvline(self.threshold, color="black", linestyle="dashed", label=f"threshold: {self.threshold:.3g}")
         _label(
             ax,
             f"Scores of {self.name}: right of the threshold an image is detected",
@@ -773,9 +756,7 @@ class EvaluationDisplay:
     figure_: Figure | SubFigure = field(init=False, repr=False)
 
     @classmethod
-    def from_evaluations(
-        cls, evaluations: Mapping[str, Evaluation], ceiling: float | None = None
-    ) -> EvaluationDisplay:
+    def from_evaluations(cls, evaluations: Mapping[str, Evaluation], ceiling: float | None = None) -> EvaluationDisplay:
         """Show named evaluations; `ceiling` is a clean network's accuracy on the same triggered images.
 
         Raises `ValueError` where there is no evaluation, or `ceiling` lies outside [0, 1].
@@ -784,7 +765,7 @@ class EvaluationDisplay:
         --------
         >>> attacked = Evaluation(acc=0.99, asr=1.0, ra=0.0, clean=100, triggered=90)
         >>> display = EvaluationDisplay.from_evaluations({"attacked": attacked})
-        >>> [bar.get_height() for bar in display.plot(Figure().subplots()).ax_.patches]
+        >>> [float(bar.get_height()) for bar in display.plot(Figure().subplots()).ax_.patches]
         [0.99, 1.0, 0.0]
         """
         if not evaluations:
@@ -808,9 +789,7 @@ class EvaluationDisplay:
         width = 0.8 / len(found)
         handles: list[Any] = []
         for index, name in enumerate(self.evaluations):
-            values = [
-                (place, v[index]) for place, (_, _, v) in enumerate(metrics) if not math.isnan(v[index])
-            ]
+            values = [(place, v[index]) for place, (_, _, v) in enumerate(metrics) if not math.isnan(v[index])]
             places = [place - 0.4 + (index + 0.5) * width for place, _ in values]
             heights = [height for _, height in values]
             style: dict[str, Any] = {
@@ -913,9 +892,7 @@ class HistoryDisplay:
         if not series:
             raise ValueError("the records hold no number but 'epoch'")
         total = rows[-1].get("epochs", math.nan)
-        return cls(
-            np.array([row["epoch"] for row in rows]), series, None if math.isnan(total) else int(total)
-        )
+        return cls(np.array([row["epoch"] for row in rows]), series, None if math.isnan(total) else int(total))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -1006,9 +983,7 @@ def _advance(bar: tqdm[Any], numbers: dict[str, float]) -> None:
         bar.reset(total=int(total))
         bar.start_t = bar.last_print_t = began  # the first epoch has taken time, too
     shown = [
-        (name, value)
-        for name, value in numbers.items()
-        if name not in ("epoch", "epochs") and not math.isnan(value)
+        (name, value) for name, value in numbers.items() if name not in ("epoch", "epochs") and not math.isnan(value)
     ]
     bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in shown[:4]), refresh=False)
     epoch = numbers.get("epoch", math.nan)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bclip_lab.data.images import LabelledImages, PoisonedImages, to_float
-from bclip_lab.models import device_of
+from bclip_lab.models import bfloat16_is_fast, device_of
 
 __all__ = ["TrainConfig", "TrainStep", "run", "train"]
 
@@ -30,9 +30,13 @@ class TrainConfig:
     batch_size
         Images in a step.
     learning_rate
-        Peak of the cycle. Measured on signs and CIFAR-10 with a ResNet of width 16; lower it for wide networks.
-    momentum, weight_decay
-        Of SGD with Nesterov momentum.
+        Peak of the cycle. Measured on signs and CIFAR-10 with a ResNet of width 16; lower it for wide
+        networks.
+    momentum
+        Of SGD with Nesterov's step, in [0, 1). It too goes through the cycle: lower by 0.05 at the peak of
+        the learning rate, higher by 0.05 at both ends (by less near 0 and 1).
+    weight_decay
+        Of SGD.
     shift
         Augmentation: each image is moved by up to so many pixels in either direction, its edge repeated.
     flip
@@ -62,6 +66,10 @@ class TrainConfig:
             )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
+            raise ValueError(
+                f"momentum must lie in [0, 1) and weight_decay be >= 0, got {self.momentum} and {self.weight_decay}"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,13 +94,8 @@ def run(steps: Iterator[Step]) -> Step:
     return last
 
 
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether autocast to bfloat16 pays on this device: CUDA, or a CPU with the instructions."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-
-
 def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image of a batch (N, C, H, W) moved by up to `shift` pixels and, with `flip`, mirrored in one of two cases."""
+    """Each image of a batch (N, C, H, W) moved by up to `shift` pixels; with `flip` half of them mirrored."""
     if flip:
         mirrored = torch.rand(len(images), generator=generator) < 0.5
         images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
@@ -137,7 +140,8 @@ def train(
     Raises
     ------
     ValueError
-        Fewer images than two, or a loss that is no longer finite (lower the learning rate).
+        Fewer images than two, fewer classes in the model than in the data, or a loss that is no longer finite
+        (lower the learning rate).
 
     Examples
     --------
@@ -164,8 +168,14 @@ def train(
     )
     # A last batch of one image has no batch statistics; it is left to the next epoch's order.
     batches = math.ceil(len(data) / config.batch_size) - (len(data) % config.batch_size == 1)
+    swing = min(0.05, config.momentum, 0.9 * (1 - config.momentum))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, config.learning_rate, total_steps=config.epochs * max(batches, 1) + 1, pct_start=0.3
+        optimiser,
+        config.learning_rate,
+        total_steps=config.epochs * batches + 1,
+        pct_start=0.3,
+        base_momentum=config.momentum - swing,
+        max_momentum=config.momentum + swing,
     )
     images, labels = data.images.to(device), data.labels.to(device)
     mixed = config.mixed_precision and bfloat16_is_fast(device)
@@ -174,12 +184,16 @@ def train(
             model.train()
             order = torch.randperm(len(data), generator=generator).to(device)
             total, correct, seen = 0.0, 0, 0
-            for rows in order.split(config.batch_size)[: max(batches, 1)]:
+            for rows in order.split(config.batch_size)[:batches]:
                 x = to_float(images[rows])
                 x = augment(x, shift=config.shift, flip=config.flip, generator=generator)
                 y = labels[rows]
                 with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                     out = model(x.contiguous(memory_format=torch.channels_last))
+                if out.ndim != 2 or out.shape[1] < len(data.classes):
+                    raise ValueError(
+                        f"model gives logits of shape {tuple(out.shape)}, the images have {len(data.classes)} classes"
+                    )
                 out = out.float()
                 value = loss(out, y)
                 optimiser.zero_grad()
@@ -192,6 +206,7 @@ def train(
             if not math.isfinite(total):
                 raise ValueError(f"the loss is {total} after epoch {epoch}: lower learning_rate")
             model.eval()
-            yield TrainStep(epoch, config.epochs, total / seen, correct / seen, schedule.get_last_lr()[0], model)
+            rate = float(schedule.get_last_lr()[0])
+            yield TrainStep(epoch, config.epochs, total / seen, correct / seen, rate, model)
     finally:
         model.eval()

@@ -46,7 +46,12 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """The recipe as JSON holds it."""
-        described = {"data": "signs", "model": "resnet10", "width": 16, "train": dataclasses.asdict(self.config)}
+        described = {
+            "data": "signs",
+            "model": "resnet10",
+            "width": 16,
+            "train": dataclasses.asdict(self.config),
+        }
         return described | {"attack": describe(self.attack)}
 
 
@@ -91,7 +96,7 @@ class Checkpoint:
         return signs()
 
 
-def list() -> tuple[str, ...]:  # noqa: A001 - `zoo.list()` is what a reader would type
+def list() -> tuple[str, ...]:
     """The names of the checkpoints.
 
     Examples
@@ -189,9 +194,9 @@ def build(name: str) -> Iterator[TrainStep]:
             yield replace(step, epoch=index * recipe.config.epochs + step.epoch, epochs=total)
         _round_to_half(model)
         result = evaluate(model, splits.test, recipe.attack)
-        metrics[seed] = {"acc": result.acc} if recipe.attack is None else {
-            "acc": result.acc, "asr": result.asr, "ra": result.ra
-        }
+        metrics[seed] = (
+            {"acc": result.acc} if recipe.attack is None else {"acc": result.acc, "asr": result.asr, "ra": result.ra}
+        )
         card = {
             "name": name,
             "recipe": recipe.describe(),

@@ -55,9 +55,7 @@ def linear(weight: list[list[float]]) -> nn.Linear:
 
 def two_pixels() -> nn.Sequential:
     """On images of two pixels a and b: p = relu(a + b), q = relu(a - b), logits 2 (p + q) and q."""
-    return nn.Sequential(
-        nn.Flatten(), linear([[1.0, 1.0], [1.0, -1.0]]), nn.ReLU(), linear([[2.0, 2.0], [0.0, 1.0]])
-    )
+    return nn.Sequential(nn.Flatten(), linear([[1.0, 1.0], [1.0, -1.0]]), nn.ReLU(), linear([[2.0, 2.0], [0.0, 1.0]]))
 
 
 def identical(model: nn.Module, clipped: nn.Module, x: Tensor) -> bool:
@@ -133,9 +131,7 @@ def small_swin_v2() -> nn.Module:
     )
 
 
-ARCHITECTURES: dict[
-    str, tuple[Callable[[], nn.Module], int, int]
-] = {  # the model, its sites, the images' size
+ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # the model, its sites, the images' size
     "lab resnet10": (partial(resnet10, 10, seed=0, width=8), 9, 32),
     "lab resnet18": (partial(resnet18, 10, seed=0, width=8), 17, 32),
     "resnet with F.relu": (OldResNet, 17, 32),
@@ -429,12 +425,8 @@ def test_the_channel_axis_is_that_of_the_layer(name: str) -> None:
         (lambda y: F.relu(F.max_pool2d(y.permute(0, 2, 3, 1), 2)), "max_pool2d"),
     ],
 )
-def test_an_operation_that_hides_the_channels_is_named(
-    body: Callable[[Tensor], Tensor], operation: str
-) -> None:
-    with pytest.raises(
-        ValueError, match=rf"site 'relu': .*lost in '{operation}' \(at '{operation}.*after the layer"
-    ):
+def test_an_operation_that_hides_the_channels_is_named(body: Callable[[Tensor], Tensor], operation: str) -> None:
+    with pytest.raises(ValueError, match=rf"site 'relu': .*lost in '{operation}' \(at '{operation}.*after the layer"):
         ClippedModel(Net(body))
 
 
@@ -660,9 +652,7 @@ class ReluOfAFlatView(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(
-    "body", [relu_of_a_view, relu_under_a_view, relu_of_what_may_be_a_copy, ReluOfAFlatView()]
-)
+@pytest.mark.parametrize("body", [relu_of_a_view, relu_under_a_view, relu_of_what_may_be_a_copy, ReluOfAFlatView()])
 def test_an_in_place_activation_that_reaches_past_its_clip_is_refused(
     body: Callable[[Tensor], Tensor],
 ) -> None:
@@ -767,9 +757,7 @@ def test_wrong_bounds_are_refused_and_change_nothing(bounds: dict[str, float], m
 
 def chain() -> ClippedModel:
     """relu(pixel), then relu of twice that, on images of one channel."""
-    model = nn.Sequential(
-        nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False), nn.ReLU()
-    )
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False), nn.ReLU())
     model.append(nn.Flatten())
     nn.init.constant_(model[0].weight, 1.0)
     nn.init.constant_(model[2].weight, 2.0)
@@ -788,9 +776,7 @@ def test_statistics_are_over_images_of_the_largest_activation_over_positions() -
 def test_a_site_is_measured_before_its_own_clip_and_after_those_before_it() -> None:
     clipped = chain()
     clipped.set_bounds({"1": 0.5, "3": 0.25})
-    x = LabelledImages(
-        torch.tensor([[0, 51], [255, 0]]).byte().view(2, 1, 1, 2), torch.tensor([0, 1]), ("a", "b")
-    )
+    x = LabelledImages(torch.tensor([[0, 51], [255, 0]]).byte().view(2, 1, 1, 2), torch.tensor([0, 1]), ("a", "b"))
     torch.testing.assert_close(clipped.site_activations(x, "1"), torch.tensor([[0.2], [1.0]]))
     torch.testing.assert_close(clipped.site_activations(x, "3", batch_size=1), torch.tensor([[0.4], [1.0]]))
     assert clipped.activations(x).maximum["3"].tolist() == [1.0]

@@ -71,9 +71,7 @@ def test_tensors_that_are_not_contiguous_or_need_gradients_are_saved(tmp_path: P
         ("model.safetensors", {"acc": float("nan")}, "card: Out of range float"),
     ],
 )
-def test_what_cannot_be_saved_writes_nothing(
-    tmp_path: Path, name: str, card: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_saved_writes_nothing(tmp_path: Path, name: str, card: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         save_tensors(tmp_path / name, TENSORS, card)
     assert names(tmp_path) == []
@@ -118,9 +116,7 @@ def test_a_missing_file_is_named(saved: Path, missing: str) -> None:
 
 def test_a_truncated_file_is_refused(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:-1])
-    with pytest.raises(
-        ValueError, match=r"model.safetensors does not match the checksum on its card model.json"
-    ):
+    with pytest.raises(ValueError, match=r"model.safetensors does not match the checksum on its card model.json"):
         load_tensors(saved)
 
 
@@ -174,9 +170,7 @@ def test_a_cache_is_made_once_and_again_when_damaged_or_outdated(tmp_path: Path)
     assert names(tmp_path) == ["cache.json", "cache.safetensors"]
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "save_file", fail)
     with pytest.warns(UserWarning, match=r"cache.safetensors could not be written.*no space"):
         tensors, _ = cached_tensors(tmp_path / "cache.safetensors", "1", lambda: (TENSORS, {}))
@@ -189,9 +183,7 @@ def test_the_data_folder_is_the_one_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert data_dir() == tmp_path and cache_dir() == tmp_path / "cache"
 
 
-def test_the_data_folder_is_the_checkouts_or_the_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_data_folder_is_the_checkouts_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BCLIP_LAB_DATA", raising=False)
     monkeypatch.setattr(files, "__file__", str(tmp_path / "bclip_lab" / "data" / "files.py"))
     monkeypatch.setattr(files.platformdirs, "user_cache_dir", lambda name: str(tmp_path / "user" / name))

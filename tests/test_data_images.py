@@ -139,14 +139,10 @@ def test_per_class_refuses_more_than_there_are() -> None:
 
 @settings(deadline=None)
 @given(per_class=st.integers(1, 4), surplus=st.integers(1, 5), seed=st.integers(0, 99))
-def test_splits_are_disjoint_of_the_right_size_and_the_same_by_seed(
-    per_class: int, surplus: int, seed: int
-) -> None:
+def test_splits_are_disjoint_of_the_right_size_and_the_same_by_seed(per_class: int, surplus: int, seed: int) -> None:
     train, test = numbered(7, first=1000), numbered(3 * (2 * per_class + surplus))
     splits = Splits.from_parts(train, test, per_class=per_class, seed=seed)
-    defender, calibration, rest = (
-        set(numbers(p)) for p in (splits.defender, splits.calibration, splits.test)
-    )
+    defender, calibration, rest = (set(numbers(p)) for p in (splits.defender, splits.calibration, splits.test))
     assert defender | calibration | rest == set(numbers(test))
     assert (len(defender), len(calibration), len(rest)) == (3 * per_class, 3 * per_class, 3 * surplus)
     assert splits.defender.labels.bincount().tolist() == [per_class] * 3

@@ -164,9 +164,7 @@ def test_unreadable_images_are_named_and_the_rest_loads(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match=r"3 of 21 images in .*own cannot be read") as caught:
             splits = image_folder(root, per_class=1, test_share=0.5)
         assert len(caught) == 1
-        assert all(
-            name in str(caught[0].message) for name in ("cat/003.png (", "dog/000.png (", "dog/010.jpg (")
-        )
+        assert all(name in str(caught[0].message) for name in ("cat/003.png (", "dog/000.png (", "dog/010.jpg ("))
         assert sum(len(getattr(splits, name)) for name in PARTS) == 18
         found = {tuple(i[:, 0, 0].tolist()): int(lab) for i, lab in zip(*_rows(splits), strict=True)}
         assert found == {colour(k): int(k >= 10) for k in range(20) if k not in (3, 10)}
@@ -293,11 +291,7 @@ def test_digits_are_enlarged_and_disjoint() -> None:
     assert images.shape == (1797, 3, 32, 32) and images.dtype == torch.uint8
     assert images.min() == 0 and images.max() == 255
     assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
-    assert (
-        splits.defender.labels.bincount().tolist()
-        == splits.calibration.labels.bincount().tolist()
-        == [20] * 10
-    )
+    assert splits.defender.labels.bincount().tolist() == splits.calibration.labels.bincount().tolist() == [20] * 10
     assert splits.test.labels.bincount().min() >= 29
     assert labels.bincount().tolist() == np.bincount(load_digits().target).tolist()
     assert_disjoint(splits)
@@ -395,9 +389,7 @@ def gtsrb_folder(root: Path) -> None:
     (root / "gtsrb" / "GT-final_test.csv").write_text("\n".join(lines) + "\n")
 
 
-def test_gtsrb_put_there_by_hand_is_read_without_a_network(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gtsrb_put_there_by_hand_is_read_without_a_network(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gtsrb_folder(own_cache / "gtsrb")
     monkeypatch.setattr(downloads, "_GTSRB_SIZES", {"train": 86, "test": 172})
     splits = gtsrb(per_class=1)
@@ -415,13 +407,9 @@ def test_gtsrb_put_there_by_hand_is_read_without_a_network(
     assert_equal(gtsrb(per_class=1), splits)
 
 
-def test_gtsrb_in_part_or_damaged_is_refused_and_not_kept(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gtsrb_in_part_or_damaged_is_refused_and_not_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gtsrb_folder(own_cache / "gtsrb")
-    with pytest.raises(
-        FileNotFoundError, match=r"train part has 86 images in place of 26640.*unpacked only in part"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"train part has 86 images in place of 26640.*unpacked only in part"):
         gtsrb()
     monkeypatch.setattr(downloads, "_GTSRB_SIZES", {"train": 86, "test": 172})
     (own_cache / "gtsrb" / "gtsrb" / "GTSRB" / "Training" / "00001" / "00001.ppm").write_bytes(b"P6")
@@ -510,7 +498,5 @@ def test_the_files_named_are_those_torchvision_looks_for(name: str, files: set[s
     from torchvision import datasets
 
     source = getattr(datasets, name)
-    parts = (
-        {source.split_list[part][1] for part in ("train", "test")} if name == "SVHN" else {source.filename}
-    )
+    parts = {source.split_list[part][1] for part in ("train", "test")} if name == "SVHN" else {source.filename}
     assert parts == files

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import sys
@@ -17,6 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from bclip_lab import plots
 from bclip_lab.clipping import ClippedModel
@@ -145,7 +147,7 @@ def test_convention(display):
         display.name = "other"
 
 
-def test_colours_of_clean_and_triggered_differ_in_lightness_of_grey_too_little_so_triggered_is_hatched():
+def test_clean_and_triggered_differ_by_more_than_colour():
     assert to_hex(CLEAN) != to_hex(TRIGGERED)
     ax = ScoreDisplay(np.zeros(3), np.ones(3), 0.5).plot(axes()).ax_
     clean, triggered = ax.containers
@@ -628,9 +630,7 @@ def test_live_takes_any_records(capsys):
 
 
 def test_live_without_a_progress_bar(monkeypatch):
-    monkeypatch.setattr(plots, "tqdm", lambda **options: real(disable=True, **options))
-    from tqdm import tqdm as real
-
+    monkeypatch.setattr(plots, "tqdm", functools.partial(tqdm, disable=True))
     assert len(list(live(learn(3)))) == 3
 
 
@@ -721,8 +721,7 @@ def test_live_does_not_import_ipython(monkeypatch):
 
 @pytest.mark.slow
 def test_a_saved_notebook_shows_the_last_picture(tmp_path, monkeypatch):
-    for name in ("MPLBACKEND", "JPY_PARENT_PID"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # figures inline, as in JupyterLab
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     source = """
 from bclip_lab.plots import HistoryDisplay, live

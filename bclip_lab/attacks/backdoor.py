@@ -32,7 +32,8 @@ class BackdoorAttack:
     Raises
     ------
     ValueError
-        A rate outside (0, 1], or (by `poison`) more images asked for than the source classes have.
+        A rate outside (0, 1], or (by `poison` and `triggered`) a class that the images do not have, or (by
+        `poison`) more images asked for than the source classes have.
 
     Examples
     --------
@@ -55,24 +56,28 @@ class BackdoorAttack:
         if not 0 < self.poison_rate <= 1:
             raise ValueError(f"poison_rate must lie in (0, 1], got {self.poison_rate}")
 
+    def _sources(self, data: LabelledImages) -> Tensor:
+        highest = max(getattr(self.label_map, "source_classes", (0,)))
+        if highest >= len(data.classes):
+            raise ValueError(f"label_map turns class {highest}, but there are {len(data.classes)} classes")
+        return torch.nonzero(self.label_map.sources(data.labels)).flatten()
+
     def _targets(self, data: LabelledImages, sources: Tensor) -> Tensor:
         targets = self.label_map.targets(data.labels[sources])
         if len(targets) and int(targets.max()) >= len(data.classes):
-            raise ValueError(
-                f"label_map gives class {int(targets.max())}, but there are {len(data.classes)} classes"
-            )
+            raise ValueError(f"label_map gives class {int(targets.max())}, but there are {len(data.classes)} classes")
         return targets
 
     def poison(self, train: LabelledImages) -> PoisonedImages:
-        """Poison round(poison_rate * N) of N training images, drawn at random among those of the source classes."""
-        sources = torch.nonzero(self.label_map.sources(train.labels)).flatten()
+        """Poison round(poison_rate * N) of N training images, drawn among those of the source classes."""
+        sources = self._sources(train)
         count = round(self.poison_rate * len(train))
         if not count:
             raise ValueError(f"poison_rate {self.poison_rate} of {len(train)} images poisons none")
         if count > len(sources):
             raise ValueError(
-                f"poison_rate {self.poison_rate} asks for {count} poisoned images, but the source classes have "
-                f"{len(sources)} of {len(train)}: lower it to at most {len(sources) / len(train):.3f}"
+                f"poison_rate {self.poison_rate} asks for {count} poisoned images, but the source classes "
+                f"have {len(sources)} of {len(train)}: lower it to at most {len(sources) / len(train):.3f}"
             )
         generator = torch.Generator().manual_seed(self.seed)
         rows = sources[torch.randperm(len(sources), generator=generator)[:count].to(sources.device)]
@@ -84,8 +89,8 @@ class BackdoorAttack:
         return PoisonedImages(replace(train, images=images, labels=labels), poisoned, train.labels.clone())
 
     def triggered(self, data: LabelledImages) -> TriggeredImages:
-        """Every image of a source class with the trigger; rows whose true label is already the target are left out."""
-        sources = torch.nonzero(self.label_map.sources(data.labels)).flatten()
+        """Every image of a source class with the trigger, but for rows that are of their target already."""
+        sources = self._sources(data)
         targets = self._targets(data, sources)
         turned = targets != data.labels[sources]
         rows, targets = sources[turned], targets[turned]

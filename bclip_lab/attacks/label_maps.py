@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bclip_lab.data.images import check_labels
+
 __all__ = ["AllToAll", "AllToOne", "LabelMap", "ManyToOne", "OneToOne"]
 
 
@@ -84,7 +86,7 @@ class ManyToOne:
         return torch.full_like(labels, self.target)
 
 
-def OneToOne(source: int, target: int) -> ManyToOne:  # noqa: N802 - a noun of the lab, like its siblings
+def OneToOne(source: int, target: int) -> ManyToOne:
     """One source class becomes the target: `ManyToOne` with a single source.
 
     Examples
@@ -97,7 +99,7 @@ def OneToOne(source: int, target: int) -> ManyToOne:  # noqa: N802 - a noun of t
 
 @dataclass(frozen=True)
 class AllToAll:
-    """Every class c becomes class (c + shift) mod `classes` (BadNets, arXiv 1708.06733, section 4, with shift 1).
+    """Every class c becomes class (c + shift) mod `classes` (BadNets, arXiv 1708.06733, section 4: shift 1).
 
     Examples
     --------
@@ -120,4 +122,5 @@ class AllToAll:
 
     def targets(self, labels: Tensor) -> Tensor:
         """The class `shift` further on."""
+        check_labels(labels, self.classes)
         return (labels + self.shift) % self.classes

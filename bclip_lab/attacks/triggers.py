@@ -20,7 +20,7 @@ class Trigger(Protocol):
     """Anything that puts a trigger into images."""
 
     def embed(self, images: Tensor) -> Tensor:
-        """Triggered copies of images (N, C, H, W): same shape, dtype and range; the input is left as it is."""
+        """Triggered copies of images (N, C, H, W): same shape, dtype and range; the input stays as it is."""
         ...
 
 
@@ -72,7 +72,7 @@ class PatchTrigger:
             raise ValueError(f"corner must be one of {_CORNERS}, got {self.corner!r}")
 
     def pattern(self, channels: int = 3) -> Tensor:
-        """The square: float32 (channels, size, size) of zeros and ones, never of one colour only."""
+        """The square: float32 (channels, size, size) of zeros and ones."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(0, 2, (channels, self.size, self.size), generator=generator).float()
 

@@ -114,8 +114,7 @@ def _splits(
     tensors, card = cached_tensors(cache_dir() / f"{name}.safetensors", _VERSION, make)
     classes = tuple(card["classes"])
     train, test = (
-        LabelledImages(tensors[f"{part}.images"], tensors[f"{part}.labels"], classes)
-        for part in ("train", "test")
+        LabelledImages(tensors[f"{part}.images"], tensors[f"{part}.labels"], classes) for part in ("train", "test")
     )
     return Splits.from_parts(train, test, per_class=per_class, seed=seed)
 
@@ -148,9 +147,7 @@ def _read_gtsrb(root: Path) -> tuple[_Tensors, tuple[str, ...]]:
 
     tensors = {}
     for part, expected in _GTSRB_SIZES.items():
-        data = datasets.GTSRB(
-            root, split=part, transform=lambda picture: to_pixels(picture, 32), download=True
-        )
+        data = datasets.GTSRB(root, split=part, transform=lambda picture: to_pixels(picture, 32), download=True)
         if len(data) != expected:
             raise RuntimeError(f"the {part} part has {len(data)} images in place of {expected}")
         labels = np.zeros(expected, np.int64)
@@ -162,9 +159,7 @@ def _read_gtsrb(root: Path) -> tuple[_Tensors, tuple[str, ...]]:
         images, errors = decode(expected, read, 32)
         if errors:
             row, error = min(errors.items())
-            raise RuntimeError(
-                f"{len(errors)} images of the {part} part cannot be read, the first is {row}: {error}"
-            )
+            raise RuntimeError(f"{len(errors)} images of the {part} part cannot be read, the first is {row}: {error}")
         tensors[f"{part}.images"], tensors[f"{part}.labels"] = images, torch.from_numpy(labels)
     return tensors, GTSRB_CLASSES
 

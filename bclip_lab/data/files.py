@@ -114,16 +114,12 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     card_path = path.with_suffix(".json")
     for needed in (path, card_path):
         if not needed.is_file():
-            raise FileNotFoundError(
-                f"{needed} does not exist; {path.name} is stored with its card {card_path.name}"
-            )
+            raise FileNotFoundError(f"{needed} does not exist; {path.name} is stored with its card {card_path.name}")
     try:
         card = json.loads(card_path.read_text())
         expected = card["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{card_path} is not a card (JSON with the checksum under 'sha256'): {error}"
-        ) from error
+        raise ValueError(f"{card_path} is not a card (JSON with the checksum under 'sha256'): {error}") from error
     if sha256(path) != expected:
         raise ValueError(
             f"{path} does not match the checksum on its card {card_path.name}: the file is damaged or the "

@@ -186,9 +186,7 @@ def image_folder(
     kept_apart = (root / "train").is_dir() and (root / "test").is_dir()
     parts = [_classes(root / name) for name in ("train", "test")] if kept_apart else [_classes(root)]
     if differing := sorted(set(parts[0]) ^ set(parts[-1])):
-        raise ValueError(
-            f"path: train and test of {root} must have the same classes; only one has {differing}"
-        )
+        raise ValueError(f"path: train and test of {root} must have the same classes; only one has {differing}")
     classes = tuple(parts[0])
     if len(classes) < 2:
         raise ValueError(f"path must have at least two class folders, got {list(classes)} in {root}")
@@ -213,9 +211,7 @@ def image_folder(
             stat = file.stat()
             listing.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
         place = hashlib.sha256(f"{root}\0{size}".encode()).hexdigest()[:16]
-        tensors, card = cached_tensors(
-            cache_dir() / "folders" / f"{place}.safetensors", listing.hexdigest(), make
-        )
+        tensors, card = cached_tensors(cache_dir() / "folders" / f"{place}.safetensors", listing.hexdigest(), make)
     else:
         tensors, card = make()
 
@@ -224,19 +220,14 @@ def image_folder(
         some = "; ".join(f"{name} ({error})" for name, error in list(unreadable.items())[:_NAMED])
         more = f"; and {len(unreadable) - _NAMED} more" if len(unreadable) > _NAMED else ""
         warnings.warn(
-            f"{len(unreadable)} of {len(files)} images in {root} cannot be read and are left out: "
-            f"{some}{more}",
+            f"{len(unreadable)} of {len(files)} images in {root} cannot be read and are left out: {some}{more}",
             stacklevel=2,
         )
         readable = torch.tensor([name not in unreadable for name in names])
         labels, in_test = labels[readable], in_test[readable]
-        for part_name, rows in (
-            (("train", ~in_test), ("test", in_test)) if kept_apart else (("path", ~in_test),)
-        ):
+        for part_name, rows in (("train", ~in_test), ("test", in_test)) if kept_apart else (("path", ~in_test),):
             for label in set(range(len(classes))) - set(labels[rows].tolist()):
-                raise ValueError(
-                    f"path: no image of class {classes[label]!r} in {part_name} of {root} can be read"
-                )
+                raise ValueError(f"path: no image of class {classes[label]!r} in {part_name} of {root} can be read")
     data = LabelledImages(tensors["images"], labels, classes)
     if kept_apart:
         train, test = data.subset(~in_test), data.subset(in_test)

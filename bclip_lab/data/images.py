@@ -95,9 +95,7 @@ class LabelledImages:
         check_images(self.images)
         check_labels(self.labels, len(self.classes))
         if len(self.images) != len(self.labels):
-            raise ValueError(
-                f"images and labels must be as many, got {len(self.images)} and {len(self.labels)}"
-            )
+            raise ValueError(f"images and labels must be as many, got {len(self.images)} and {len(self.labels)}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -110,16 +108,10 @@ class LabelledImages:
         if not isinstance(rows, slice):
             rows = torch.as_tensor(rows)
             if rows.ndim != 1:
-                raise ValueError(
-                    f"rows must be a slice, a mask or a list of indices, got shape {tuple(rows.shape)}"
-                )
+                raise ValueError(f"rows must be a slice, a mask or a list of indices, got shape {tuple(rows.shape)}")
             if rows.is_floating_point() and len(rows):  # an empty list becomes a float tensor
                 raise ValueError(f"rows must be indices or a mask, got {rows.dtype}")
-            rows = (
-                rows.to(self.images.device)
-                if rows.dtype == torch.bool
-                else rows.to(self.images.device).long()
-            )
+            rows = rows.to(self.images.device) if rows.dtype == torch.bool else rows.to(self.images.device).long()
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def per_class(self, count: int, seed: int | None = None) -> LabelledImages:
@@ -135,9 +127,7 @@ class LabelledImages:
             own = torch.nonzero(self.labels.cpu() == index).flatten()
             if len(own) < count:
                 raise ValueError(f"count: class {name!r} has {len(own)} images, {count} were asked for")
-            order = (
-                torch.arange(len(own)) if generator is None else torch.randperm(len(own), generator=generator)
-            )
+            order = torch.arange(len(own)) if generator is None else torch.randperm(len(own), generator=generator)
             rows.append(own[order[:count]])
         return self.subset(torch.cat(rows))
 
@@ -145,9 +135,7 @@ class LabelledImages:
         """Batches of at most `size` images, in order, or shuffled by `generator`."""
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
-        order = (
-            torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        )
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for rows in torch.split(order, size):
             yield self.subset(rows)
 
@@ -190,9 +178,7 @@ class Splits:
         return self.train.classes
 
     @classmethod
-    def from_parts(
-        cls, train: LabelledImages, test: LabelledImages, *, per_class: int = 50, seed: int = 0
-    ) -> Splits:
+    def from_parts(cls, train: LabelledImages, test: LabelledImages, *, per_class: int = 50, seed: int = 0) -> Splits:
         """Take the defender's and the calibration images out of `test`: published sets have no such parts.
 
         Both get `per_class` images of every class (50, as in arXiv 2308.04617, section 4), drawn by `seed`;

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from bclip_lab.data.files import cache_dir, load_tensors, save_tensors
+from bclip_lab.data.files import cache_dir, cached_tensors
 from bclip_lab.data.images import LabelledImages, Splits
 
 __all__ = ["SIGN_CLASSES", "signs"]
@@ -31,7 +31,7 @@ SIGN_CLASSES = (
 )
 
 # Raised whenever a change alters the pictures, so that an older cache is not taken for them.
-_VERSION = 1
+_VERSION = "1"
 _DRAWN = 384  # four times 96: Pillow draws without anti-aliasing
 _TEMPLATE = 96
 _SIZE = 32
@@ -75,7 +75,7 @@ def _digit(draw: ImageDraw.ImageDraw, digit: str, x: float) -> None:
 def _stop(draw: ImageDraw.ImageDraw) -> None:
     draw.polygon(_polygon(8, 0.98, math.pi / 8), fill=_WHITE)
     draw.polygon(_polygon(8, 0.90, math.pi / 8), fill=_RED)
-    letters = (
+    letters: tuple[list[tuple[float, float]], ...] = (
         [(1, 0), (0, 0), (0, 0.5), (1, 0.5), (1, 1), (0, 1)],
         [(0, 0), (1, 0), (0.5, 0), (0.5, 1)],
         [(0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (1, 0)],
@@ -87,7 +87,8 @@ def _stop(draw: ImageDraw.ImageDraw) -> None:
 
 def _no_entry(draw: ImageDraw.ImageDraw) -> None:
     _disc(draw, 0.96, _RED)
-    draw.rectangle([*_at([(-0.68, -0.17)])[0], *_at([(0.68, 0.17)])[0]], fill=_WHITE)
+    (left, top), (right, bottom) = _at([(-0.68, -0.17), (0.68, 0.17)])
+    draw.rectangle((left, top, right, bottom), fill=_WHITE)
 
 
 def _yield(draw: ImageDraw.ImageDraw) -> None:
@@ -135,7 +136,8 @@ def _roundabout(draw: ImageDraw.ImageDraw) -> None:
         tip = start + 1.85
         wide = start + 1.25
         draw.polygon(
-            _at([(r * math.cos(a), r * math.sin(a)) for r, a in ((0.26, wide), (0.74, wide), (0.5, tip))]), fill=_WHITE
+            _at([(r * math.cos(a), r * math.sin(a)) for r, a in ((0.26, wide), (0.74, wide), (0.5, tip))]),
+            fill=_WHITE,
         )
 
 
@@ -171,7 +173,8 @@ def _render(labels: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand((count, *shape), generator=generator) * (high - low) + low
 
-    # Where each of 64 x 64 points of the photograph lies on the template: scale, rotation, shear, perspective, shift.
+    # Where each of 64 x 64 points of the photograph lies on the template: scale, rotation, shear,
+    # perspective, shift.
     scale, angle = uniform(0.55, 1.0), uniform(-17, 17) * math.pi / 180
     shear, squeeze = uniform(-0.15, 0.15), uniform(0.85, 1.15)
     shift, tilt = uniform(-1, 1, 2) * (1.08 - scale)[:, None], uniform(-0.12, 0.12, 2)
@@ -211,9 +214,7 @@ def _render(labels: Tensor, generator: torch.Generator) -> Tensor:
     return ((photograph + noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def signs(
-    *, train: int = 8000, test: int = 2000, per_class: int = 50, seed: int = 0, cache: bool = True
-) -> Splits:
+def signs(*, train: int = 8000, test: int = 2000, per_class: int = 50, seed: int = 0, cache: bool = True) -> Splits:
     """Ten classes of road signs, rendered at 32x32 RGB: no download, seconds to make.
 
     Ten signs are drawn with Pillow, then scaled (0.55 to 1), turned (17 degrees), sheared, tilted and shifted
@@ -225,17 +226,23 @@ def signs(
     train, test
         Images in the train and the test part; the classes are equally frequent up to one image.
     per_class
-        Images of each class in the defender's and in the calibration part: 50, as in arXiv 2308.04617, section 4.
+        Images of each class in the defender's and in the calibration part: 50, as in arXiv 2308.04617,
+        section 4.
     seed
         The same seed gives the same images.
     cache
         Keep the images in the data folder, with a checksum, and take them from there the next time. A damaged
-        cache is rendered again.
+        cache is rendered again; a folder that cannot be written to costs a warning.
 
     Returns
     -------
     Splits
         Images uint8 (N, 3, 32, 32); the four parts are rendered apart, so they share no image.
+
+    Raises
+    ------
+    ValueError
+        `train`, `test` or `per_class` is below 1.
 
     Examples
     --------
@@ -243,26 +250,23 @@ def signs(
     >>> splits.train.images.shape, splits.defender.labels.tolist()
     (torch.Size([20, 3, 32, 32]), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
-    classes = len(SIGN_CLASSES)
-    sizes = {"train": train, "defender": per_class * classes, "calibration": per_class * classes, "test": test}
-    for name, size in sizes.items():
+    for name, size in {"train": train, "test": test, "per_class": per_class}.items():
         if size < 1:
-            raise ValueError(f"{name} must hold at least one image, got {size}")
-    path = cache_dir() / f"signs-v{_VERSION}-{train}-{test}-{per_class}-{seed}.safetensors"
-    tensors: dict[str, Tensor] = {}
-    if cache:
-        # missing or damaged: rendered again below
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            tensors, _ = load_tensors(path)
-    if not tensors:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    few = per_class * len(SIGN_CLASSES)
+    sizes = {"train": train, "defender": few, "calibration": few, "test": test}
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed)
+        tensors: dict[str, Tensor] = {}
         for name, size in sizes.items():
-            # the small parts stay in order of class, as `per_class` gives them; shuffling is the trainer's work
-            labels = torch.arange(size) % classes
+            # the small parts stay in order of class, as `per_class` gives them; shuffling is the trainer's
+            labels = torch.arange(size) % len(SIGN_CLASSES)
             images = torch.cat([_render(part, generator) for part in labels.split(250)])
             tensors |= {f"{name}.images": images, f"{name}.labels": labels}
-        if cache:
-            save_tensors(path, tensors, {"data": "signs", "version": _VERSION, "seed": seed})
-    return Splits(
-        **{name: LabelledImages(tensors[f"{name}.images"], tensors[f"{name}.labels"], SIGN_CLASSES) for name in sizes}
-    )
+        return tensors, {"data": "signs", "seed": seed}
+
+    path = cache_dir() / f"signs-{train}-{test}-{per_class}-{seed}.safetensors"
+    tensors, _ = cached_tensors(path, _VERSION, make) if cache else make()
+    parts = {name: LabelledImages(tensors[f"{name}.images"], tensors[f"{name}.labels"], SIGN_CLASSES) for name in sizes}
+    return Splits(**parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +12,8 @@ from torch.fx.experimental.optimization import fuse
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, to_float
-from bclip_lab.models import device_of, logits
+from bclip_lab.models import bfloat16_is_fast, device_of, evaluating, logits
+from bclip_lab.training import augment
 
 __all__ = ["BoundFit"]
 
@@ -25,8 +27,8 @@ def _fold(network: nn.Module, bounds: Iterable[Tensor], images: Tensor) -> nn.Mo
         return network
     with torch.no_grad():
         expected = network(images)
-        folded = copy.deepcopy(network, {id(bound): bound for bound in bounds})
-        folded = fuse(folded, inplace=True, no_trace=True)
+        private = copy.deepcopy(network, {id(bound): bound for bound in bounds})
+        folded: nn.Module = fuse(private, inplace=True, no_trace=True)
         error = (folded(images) - expected).abs().max()
     return folded if error <= 1e-3 * expected.abs().max().clamp(min=1) else network
 
@@ -42,7 +44,15 @@ class BoundFit:
     the model's device.
     """
 
-    def __init__(self, clipped: ClippedModel, clean: LabelledImages, *, start: float, learning_rate: float) -> None:
+    def __init__(
+        self,
+        clipped: ClippedModel,
+        clean: LabelledImages,
+        *,
+        start: float,
+        learning_rate: float,
+        sites: Iterable[str] | None = None,
+    ) -> None:
         if not isinstance(clipped, ClippedModel):
             raise ValueError(f"clipped must be a ClippedModel, got {type(clipped).__name__}")
         if not len(clean):
@@ -58,11 +68,39 @@ class BoundFit:
         self.clipped = clipped
         self.images = to_float(clean.images[correct.to(clean.images.device)].to(device))
         self.images = self.images.contiguous(memory_format=torch.channels_last)
-        self.labels, self.targets = clean.labels[correct.to(clean.labels.device)].to(device), targets[correct].to(device)
-        clipped.set_bounds(dict.fromkeys(clipped.sites, start))
-        self.network, self.bounds = clipped.differentiable()
-        self.network = _fold(self.network, self.bounds.values(), self.images[:8])
+        self.labels, self.targets = (
+            clean.labels[correct.to(clean.labels.device)].to(device),
+            targets[correct].to(device),
+        )
+        fitted = clipped.sites if sites is None else tuple(sites)
+        clipped.set_bounds(dict.fromkeys(clipped.sites, math.inf) | dict.fromkeys(fitted, start))
+        network, bounds = clipped.differentiable()
+        self.bounds = {site: bounds[site] for site in fitted}
+        self.network = _fold(network, bounds.values(), self.images[:8])
         self.optimiser = torch.optim.Adam(list(self.bounds.values()), lr=learning_rate)
+
+    def batch(self, rows: Tensor, shift: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clean images, moved by up to `shift` pixels, and the original's logits for them."""
+        if not shift:
+            return self.images[rows], self.targets[rows]
+        moved = augment(self.images[rows], shift=shift, flip=False, generator=generator)
+        original = self.clipped.original
+        with torch.no_grad(), evaluating(original), self._autocast():
+            return moved, original(moved).float()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """float32 logits of the clipped network, differentiable by the bounds.
+
+        Computed in bfloat16 where that is fast: the bounds are learned a little noisier, while every decision
+        that is reported comes from the clipped model itself, in float32.
+        """
+        with self._autocast():
+            out: Tensor = self.network(images)
+        return out.float()
+
+    def _autocast(self) -> torch.autocast:
+        device = self.images.device
+        return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device))
 
     def step(self, loss: Tensor) -> None:
         """One step of Adam down `loss`; bounds stay at or above zero, where a ReLU can still pass nothing."""
@@ -77,7 +115,7 @@ class BoundFit:
     @torch.no_grad()
     def decisions(self, images: Tensor) -> Tensor:
         """int64 (N,): what the clipped network decides for images on its device."""
-        return torch.cat([self.network(batch).argmax(1) for batch in images.split(500)])
+        return torch.cat([self.logits(batch).argmax(1) for batch in images.split(500)])
 
     def accuracy(self) -> float:
         """Accuracy of the clipped network on the images of the fit."""

@@ -59,7 +59,7 @@ class MMBD:
         self.config = config or MaximumMarginConfig(per_class=30)
 
     def fit(self, clean: LabelledImages) -> MMBD:
-        """Find the margins and the verdict. Of `clean` only the images' shape and the number of classes are used."""
+        """Find the margins and the verdict. Of `clean` only the shape and the number of classes are used."""
         classes = len(clean.classes)
         if classes < 4:
             raise ValueError(f"MM-BD fits a distribution to K - 1 margins and needs K >= 4 classes, got {classes}")
@@ -71,12 +71,16 @@ class MMBD:
         """The verdict on K margins that are already known."""
         from scipy.stats import gamma  # slow to import
 
+        margins = np.asarray(margins, dtype=np.float64)
         if margins.ndim != 1 or len(margins) < 4 or not np.isfinite(margins).all():
             raise ValueError(f"margins must be at least 4 finite numbers, got {margins}")
         self.margins_ = margins
-        null = np.sort(margins)[:-1]
-        # A maximum margin is positive unless a class is never decided for; the floor keeps the fit defined then.
-        shape, _, scale = gamma.fit(np.maximum(null, 1e-6), floc=0)
+        # A maximum margin is positive unless a class is never decided for; the floor keeps the fit defined.
+        null = np.maximum(np.sort(margins)[:-1], 1e-6)
+        if null.std() > 1e-5 * null.mean():
+            shape, _, scale = gamma.fit(null, floc=0)
+        else:  # all but equal (a model that ignores its input): too narrow for the fit, so a spread of 1e-5
+            shape, scale = 1e10, null.mean() / 1e10
         # 1 - (1 - s)^K, written so that a tiny survival s does not round to zero
         survival = float(gamma.sf(margins.max(), shape, scale=scale))
         self.p_value_ = float(-np.expm1(len(margins) * np.log1p(-survival))) if survival < 1 else 1.0

@@ -19,12 +19,17 @@ __all__ = ["MMDF", "MMDFDecisions"]
 _NULLS = ("gaussian", "empirical")
 
 
+def _check_fpr(fpr: float) -> None:
+    if not 0 < fpr < 0.5:
+        raise ValueError(f"fpr must lie in (0, 0.5), got {fpr}")
+
+
 @dataclass(frozen=True, eq=False)
 class MMDFDecisions:
     """What MMDF says of N images.
 
-    `score` float32 (N,); `detected` bool (N,); `original`, `clipped` and `corrected` int64 (N,): the decision of
-    the original network, of the clipped network, and the one to act on.
+    `score` float32 (N,); `detected` bool (N,); `original`, `clipped` and `corrected` int64 (N,): the decision
+    of the original network, of the clipped network, and the one to act on.
     """
 
     score: Tensor
@@ -41,10 +46,10 @@ class MMDF:
 
         score(x) = m_c(x) - m_c(x; Z),
 
-    the fall of that decision's margin between the original and the clipped network. A trigger's margin rests on
-    abnormally large activations, which the bounds Z cut off; a clean image loses little. An image whose score
-    exceeds the threshold is detected, and corrected to the clipped network's decision among the classes other
-    than c.
+    the fall of that decision's margin between the original and the clipped network. A trigger's margin rests
+    on abnormally large activations, which the bounds Z cut off; a clean image loses little. An image whose
+    score exceeds the threshold is detected, and corrected to the clipped network's decision among the classes
+    other than c.
 
     Parameters
     ----------
@@ -77,8 +82,7 @@ class MMDF:
             raise ValueError(f"clipped must be a ClippedModel, got {type(clipped).__name__}")
         if null not in _NULLS:
             raise ValueError(f"null must be one of {_NULLS}, got {null!r}")
-        if not 0 < fpr < 0.5:
-            raise ValueError(f"fpr must lie in (0, 0.5), got {fpr}")
+        _check_fpr(fpr)
         self.model, self.null, self.fpr = clipped, null, fpr
 
     def fit(self, clean: LabelledImages) -> MMDF:
@@ -94,6 +98,7 @@ class MMDF:
         """The threshold for another nominal false-positive rate, from the same clean scores."""
         if not hasattr(self, "scores_"):
             raise ValueError("call fit with clean images first")
+        _check_fpr(fpr)
         if self.null == "empirical":
             return float(np.quantile(self.scores_, 1 - fpr, method="higher"))
         from scipy.stats import norm  # slow to import
@@ -125,5 +130,5 @@ class MMDF:
         return self.decide(images).detected
 
     def correct(self, images: Tensor | LabelledImages) -> Tensor:
-        """int64 (N,): the original decision, or, for detected images, the clipped network's among the other classes."""
+        """int64 (N,): the decision; for detected images the clipped network's among the other classes."""
         return self.decide(images).corrected

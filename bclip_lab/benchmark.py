@@ -1,0 +1,279 @@
+"""One honest row: a model under a defence, measured and written down; and the tables made of such rows.
+
+A row is a function of data, attack, checkpoint, defence and seed alone, and is stored as one JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bclip_lab import zoo
+from bclip_lab.clipping import ClippedModel
+from bclip_lab.data.files import data_dir, write_bytes
+from bclip_lab.data.images import Attack, LabelledImages, Splits
+from bclip_lab.data.signs import SIGN_CLASSES
+from bclip_lab.defenses import MMACConfig, MMBMConfig, mmac, mmbm
+from bclip_lab.detection import MMBD, MMDF
+from bclip_lab.evaluation import RocCurve, evaluate
+
+__all__ = [
+    "DEFENCES",
+    "judge_model",
+    "measure",
+    "read",
+    "results_dir",
+    "spread",
+    "tables",
+    "update_readme",
+    "write",
+]
+
+Fit = Callable[[ClippedModel, LabelledImages, int], Iterator[Any]]
+
+DEFENCES: dict[str, Fit] = {
+    "mmac": lambda clipped, clean, seed: mmac(clipped, clean, MMACConfig(seed=seed)),
+    "mmac-published": lambda clipped, clean, seed: mmac(clipped, clean, MMACConfig.published(seed=seed)),
+    "mm-bm": lambda clipped, clean, seed: mmbm(clipped, clean, MMBMConfig(seed=seed)),
+}
+
+
+def results_dir() -> Path:
+    """Where rows are kept: `results/` in the data folder."""
+    return data_dir() / "results"
+
+
+def measure(
+    model: nn.Module,
+    splits: Splits,
+    attack: Attack | None,
+    defence: str = "mmac",
+    seed: int = 0,
+    clean_model: nn.Module | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Fit a defence on the defender's images, calibrate MMDF, and judge both on the test images.
+
+    Yields an empty record after every epoch of the fit, so that a caller can show progress, and at last the row:
+    ACC, ASR, RA before and after; RA's ceiling (the accuracy of `clean_model` on the same triggered images);
+    MMDF's AUROC, its TPR and FPR at the Gaussian threshold, and its accuracy on triggered images after
+    correction; the seconds of the fit; and the fit's history.
+
+    Raises
+    ------
+    ValueError
+        An unknown defence.
+    """
+    if defence not in DEFENCES:
+        raise ValueError(f"defence must be one of {', '.join(DEFENCES)}, got {defence!r}")
+    row: dict[str, Any] = {
+        "defence": defence,
+        "seed": seed,
+        "before": _plain(evaluate(model, splits.test, attack)),
+    }
+    clipped = ClippedModel(model)
+    history: list[dict[str, float]] = []
+    start = time.perf_counter()
+    for step in DEFENCES[defence](clipped, splits.defender, seed):
+        history.append({k: v for k, v in vars(step).items() if isinstance(v, (int, float)) and math.isfinite(v)})
+        yield {}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    row["history"] = history
+    row["after"] = _plain(evaluate(clipped, splits.test, attack))
+    detector = MMDF(clipped).fit(splits.calibration)
+    clean_scores = detector.score(splits.test)
+    row["mmdf"] = {
+        "nominal_fpr": detector.fpr,
+        "fpr": float((clean_scores > detector.threshold_).float().mean()),
+    }
+    if attack is not None:
+        triggered = attack.triggered(splits.test)
+        decisions = detector.decide(triggered.images)
+        curve = RocCurve(clean_scores, decisions.score)
+        row["mmdf"] |= {
+            "auroc": curve.auroc,
+            "tpr": curve.rates_at(detector.threshold_)[1],
+            "tpr_at_fpr_0.01": curve.tpr_at(0.01),
+            "ra_corrected": float((decisions.corrected == triggered.true_labels.cpu()).float().mean()),
+        }
+        if clean_model is not None:
+            row["ra_ceiling"] = evaluate(clean_model, splits.test, attack).ra
+    row["machine"] = {"torch": torch.__version__, "processor": platform.machine(), "cores": os.cpu_count()}
+    yield row
+
+
+def _plain(value: Any) -> dict[str, float]:
+    """An evaluation as JSON holds it: what is nan is left out."""
+    return {k: v for k, v in asdict(value).items() if math.isfinite(v)}
+
+
+def judge_model(model: nn.Module, clean: LabelledImages) -> dict[str, Any]:
+    """MM-BD's verdict, as JSON holds it."""
+    verdict = MMBD(model).fit(clean)
+    return {
+        "margins": [round(float(m), 2) for m in verdict.margins_],
+        "p_value": verdict.p_value_,
+        "attacked": bool(verdict.attacked_),
+        "target": verdict.target_,
+    }
+
+
+def write(row: dict[str, Any], *name: str) -> Path:
+    """Write a row to `results/NAME/NAME/....json`, whole or not at all."""
+    path = results_dir().joinpath(*name[:-1], f"{name[-1]}.json")
+    write_bytes(path, (json.dumps(row, indent=1, allow_nan=False) + "\n").encode())
+    return path
+
+
+def read(*name: str) -> dict[str, Any]:
+    """Read a row that `write` wrote.
+
+    Raises `FileNotFoundError` where it is missing, and `ValueError` where it is not JSON.
+    """
+    path = results_dir().joinpath(*name[:-1], f"{name[-1]}.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; `python -m bclip_lab evaluate` writes it")
+    try:
+        row: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return row
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation as a table shows them.
+
+    Examples
+    --------
+    >>> spread([0.5, 0.6, 0.7]), spread([0.5])
+    ('.600 ± .100', '.500')
+    """
+    text = f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+    return text.replace("0.", ".").replace("-.", "−.")
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join([_row(*header), _row(*["---"] * len(header)), *(_row(*cells) for cells in rows)])
+
+
+def _cell(rows: Sequence[dict[str, Any]], *path: str) -> str:
+    """Mean and spread over rows of the value at a path of keys; a dash where the rows have none."""
+    values = []
+    for row in rows:
+        value: Any = row
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            values.append(float(value))
+    return spread(values) if values else "–"
+
+
+def _defended(label: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    before = " / ".join(_cell(rows[:1], "before", metric) for metric in ("acc", "asr", "ra"))
+    after = [_cell(rows, "after", metric) for metric in ("acc", "asr", "ra")]
+    detector = [_cell(rows, "mmdf", metric) for metric in ("auroc", "tpr", "fpr")]
+    return [label, before, *after, _cell(rows[:1], "ra_ceiling"), *detector]
+
+
+_HEADER = (
+    "model", "before: ACC / ASR / RA", "ACC", "ASR", "RA", "ceiling of RA", "MMDF AUROC", "TPR", "FPR (nominal .005)"
+)  # fmt: skip
+
+
+def tables() -> dict[str, str]:
+    """The README's tables, in Markdown, from the recorded rows and the cards of the zoo."""
+    made = {}
+    cards = {name: zoo.load(name).card for name in zoo.list()}
+    made["zoo"] = _grid(
+        ("checkpoint", "ACC", "ASR", "RA", "three training seeds: ACC", "ASR", "RA"),
+        [
+            [name, *(_cell([card["metrics"]], metric) for metric in ("acc", "asr", "ra"))]
+            + [
+                spread_of(card["training_seeds"].get(metric)) if len(zoo.RECIPES[name].seeds) > 1 else "–"
+                for metric in ("acc", "asr", "ra")
+            ]
+            for name, card in cards.items()
+        ],
+    )
+    for defence in DEFENCES:
+        shipped, trained = [], []
+        for name, recipe in zoo.RECIPES.items():
+            fits = found(defence, f"{name}-{recipe.seeds[0]}-fit-*")
+            if fits:
+                shipped.append(_defended(name, fits))
+            others = [row for seed in recipe.seeds for row in found(defence, f"{name}-{seed}-fit-0")]
+            if len(others) > 1:
+                trained.append(_defended(name, others))
+        made[defence] = _grid(_HEADER, shipped)
+        made[f"{defence}-training-seeds"] = _grid(_HEADER, trained)
+    made["mm-bd"] = _grid(
+        ("model", "margin of the largest class", "the other classes", "p", "verdict"),
+        [_verdict(name, read("mm-bd", f"{name}-{recipe.seeds[0]}")) for name, recipe in zoo.RECIPES.items()],
+    )
+    for images in ("cifar10",):
+        rows = []
+        for attack in ("patch", "blended"):
+            for defence in DEFENCES:
+                if fits := found(images, f"{attack}-{defence}-fit-*"):
+                    rows.append([*_defended(f"{attack}, {defence}", fits), _seconds(fits)])
+        made[images] = _grid((*_HEADER, "seconds: training, fit"), rows)
+    return made
+
+
+def found(folder: str, pattern: str) -> list[dict[str, Any]]:
+    """The recorded rows whose names fit a pattern, in order of name."""
+    return [read(folder, path.stem) for path in sorted((results_dir() / folder).glob(f"{pattern}.json"))]
+
+
+def spread_of(recorded: dict[str, float] | None) -> str:
+    """Mean and standard deviation as a card records them."""
+    if recorded is None:
+        return "–"
+    return f"{recorded['mean']:.3f} ± {recorded['standard_deviation']:.3f}".replace("0.", ".")
+
+
+def _seconds(rows: Sequence[dict[str, Any]]) -> str:
+    fit = np.mean([row["seconds"] for row in rows])
+    return f"{rows[0]['training_seconds']['attacked']:.0f}, {fit:.0f}"
+
+
+def _verdict(name: str, row: dict[str, Any]) -> list[str]:
+    margins = sorted(row["margins"])
+    said = f"attacked, target {SIGN_CLASSES[row['target']]!r}" if row["attacked"] else "not attacked"
+    p = f"{row['p_value']:.1g}" if row["p_value"] < 0.01 else f"{row['p_value']:.2f}"
+    return [name, f"{margins[-1]:.0f}", f"{margins[0]:.0f} to {margins[-2]:.0f}", p, said]
+
+
+def update_readme(path: Path) -> list[str]:
+    """Put the tables into a Markdown file, between `<!-- table NAME -->` and `<!-- end -->`; their names are returned.
+
+    Raises `ValueError` where the file names a table that is not made.
+    """
+    text = path.read_text()
+    made = tables()
+    names = re.findall(r"<!-- table (\S+) -->", text)
+    if unknown := [name for name in names if name not in made]:
+        raise ValueError(f"{path} names the tables {unknown}; there are {', '.join(made)}")
+    text = re.sub(
+        r"(<!-- table (\S+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+    write_bytes(path, text.encode())
+    return names

@@ -1,0 +1,137 @@
+"""`python -m bclip_lab`: build the zoo, evaluate defences on it or on one's own images, write the tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from bclip_lab import benchmark, zoo
+from bclip_lab.attacks import AllToOne, BackdoorAttack, BlendedTrigger, PatchTrigger
+from bclip_lab.data import image_folder
+from bclip_lab.data.files import data_dir
+from bclip_lab.models import resnet10
+from bclip_lab.training import TrainConfig, run, train
+
+__all__ = ["main"]
+
+FIT_SEEDS = (0, 1, 2)
+
+
+def _show(steps: Iterable[Any], label: str) -> Iterator[Any]:
+    """Pass records on, with a progress bar."""
+    bar = tqdm(desc=label, unit="epoch")
+    for step in steps:
+        bar.total = getattr(step, "epochs", bar.total)
+        bar.update()
+        yield step
+    bar.close()
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    for name in arguments.names or zoo.list():
+        last = run(_show(zoo.build(name), name))
+        print(f"{name}: trained to {last.train_accuracy:.3f}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    clean = zoo.load("clean-0").model
+    for name in arguments.names or zoo.list():
+        for training_seed in zoo.RECIPES[name].seeds:
+            checkpoint = zoo.load(name, seed=training_seed)
+            splits = checkpoint.splits()
+            shipped = training_seed == zoo.RECIPES[name].seeds[0]
+            benchmark.write(
+                benchmark.judge_model(checkpoint.model, splits.defender), "mm-bd", f"{name}-{training_seed}"
+            )
+            for defence in arguments.defences:
+                # several seeds of the fit on the shipped checkpoint, one on each further training seed
+                for seed in FIT_SEEDS if shipped and defence != "mmac-published" else FIT_SEEDS[:1]:
+                    label = f"{name}-{training_seed}-fit-{seed}"
+                    steps = benchmark.measure(checkpoint.model, splits, checkpoint.attack, defence, seed, clean)
+                    row = run(_show(steps, f"{defence} {label}"))
+                    benchmark.write(row, defence, label)
+                    print(defence, label, _line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = " -> ".join(
+        " ".join(f"{metric.upper()} {row[when][metric]:.3f}" for metric in ("acc", "asr", "ra") if metric in row[when])
+        for when in ("before", "after")
+    )
+    detection = {k: round(v, 3) for k, v in row["mmdf"].items()}
+    return f"{text}; MMDF {detection}; {row['seconds']} s"
+
+
+def _images(arguments: argparse.Namespace) -> None:
+    splits = image_folder(arguments.path, per_class=arguments.per_class)
+    trigger = PatchTrigger() if arguments.attack == "patch" else BlendedTrigger()
+    attack = BackdoorAttack(trigger, AllToOne(target=0), poison_rate=arguments.poison_rate)
+    config = TrainConfig(epochs=arguments.epochs, flip=arguments.flip, seed=arguments.seed)
+    models = {}
+    seconds = {}
+    for name, data in (("attacked", attack.poison(splits.train)), ("clean", splits.train)):
+        if name == "clean" and not arguments.ceiling:
+            continue
+        models[name] = resnet10(len(splits.classes), seed=arguments.seed, channels=splits.train.images.shape[1])
+        start = time.perf_counter()
+        run(_show(train(models[name], data, config), f"train {name}"))
+        seconds[name] = round(time.perf_counter() - start, 1)
+    for defence in arguments.defences:
+        for seed in FIT_SEEDS if defence == "mmac" else FIT_SEEDS[:1]:
+            steps = benchmark.measure(models["attacked"], splits, attack, defence, seed, models.get("clean"))
+            row = run(_show(steps, f"{defence} {seed}"))
+            row |= {"training_seconds": seconds, "images": arguments.name, "attack": zoo.describe(attack)}
+            benchmark.write(row, arguments.name, f"{arguments.attack}-{defence}-fit-{seed}")
+            print(defence, seed, _line(row))
+    verdict = benchmark.judge_model(models["attacked"], splits.defender)
+    benchmark.write(verdict, arguments.name, f"{arguments.attack}-mm-bd")
+    print("MM-BD", verdict)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; 0 where it succeeded, 1 after an error, whose message goes to the standard error."""
+    parser = argparse.ArgumentParser(prog="python -m bclip_lab", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("zoo", help="list or train the checkpoints").add_subparsers(required=True)
+    command.add_parser("list").set_defaults(call=lambda _: print("\n".join(zoo.list())))
+    build = command.add_parser("build", help="train checkpoints from their fixed seeds")
+    build.add_argument("names", nargs="*", metavar="NAME", help="all by default")
+    build.set_defaults(call=_build)
+
+    evaluate = commands.add_parser("evaluate", help="fit defences on the zoo and record what they reach")
+    evaluate.add_argument("names", nargs="*", metavar="NAME", help="all checkpoints by default")
+    evaluate.add_argument("--defences", nargs="+", choices=benchmark.DEFENCES, default=["mmac", "mm-bm"])
+    evaluate.set_defaults(call=_evaluate)
+
+    images = commands.add_parser("images", help="attack, train, clip and detect on a folder of images")
+    images.add_argument("path", type=Path, help="class-per-folder, or train/ and test/ of that shape")
+    images.add_argument("--name", required=True, help="names the recorded rows, e.g. cifar10")
+    images.add_argument("--attack", choices=("patch", "blended"), default="patch")
+    images.add_argument("--poison-rate", type=float, default=0.05)
+    images.add_argument("--per-class", type=int, default=50, help="images a class for the defender, and to calibrate")
+    images.add_argument("--epochs", type=int, default=10)
+    images.add_argument("--flip", action="store_true", help="mirror images in training: right for photographs")
+    images.add_argument("--ceiling", action="store_true", help="train a clean model too, for the ceiling of RA")
+    images.add_argument("--seed", type=int, default=0)
+    images.add_argument("--defences", nargs="+", choices=benchmark.DEFENCES, default=["mmac"])
+    images.set_defaults(call=_images)
+
+    tables = commands.add_parser("tables", help="write the README's tables from the recorded results")
+    tables.add_argument("path", nargs="?", type=Path, default=data_dir().parent / "README.md")
+    tables.set_defaults(call=lambda arguments: print("\n".join(benchmark.update_readme(arguments.path))))
+    arguments = parser.parse_args(words)
+    try:
+        arguments.call(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,252 @@
+"""MMAC: learn activation bounds that limit the classification margin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bclip_lab.clipping import ClippedModel
+from bclip_lab.data.images import LabelledImages
+from bclip_lab.defenses.fitting import BoundFit
+from bclip_lab.margins import (
+    MaximumMarginConfig,
+    classification_margins,
+    maximum_margin_images,
+    maximum_margin_perturbations,
+)
+
+__all__ = ["MMACConfig", "MMACStep", "mmac"]
+
+
+@dataclass(frozen=True)
+class MMACConfig:
+    """Hyper-parameters of `mmac`; the defaults are the lab's, `MMACConfig.published()` are the authors'.
+
+    Parameters
+    ----------
+    objective
+        "hinge" (the lab's) or "margin" (the published one); see `mmac`.
+    epochs
+        Passes over the clean images.
+    batch_size
+        Clean images in a step.
+    learning_rate
+        Of Adam on the bounds; with the hinge it falls to zero along a cosine.
+    start
+        Every bound's first value. Low on purpose: bounds grow only where clean images need them.
+    weight
+        lambda. Of the *mean* over synthetic images with the hinge, of the *sum* over a batch of them as published.
+    tau_quantile
+        Hinge only: tau is this quantile of the clean images' own margins. See `mmac` for how it was chosen.
+    perturbation
+        Hinge only: largest change of a pixel by the perturbations common to all images, in units of the image's
+        range [0, 1]; 0 leaves them out. 8/255 is the usual L-infinity budget of the robustness literature
+        (Madry et al., arXiv 1706.06083).
+    accuracy_target
+        Published objective only: from epoch `weight_from` on, every `weight_every` epochs, lambda is multiplied
+        by `weight_factor` where the accuracy on the clean images is above this, and divided by it elsewhere.
+    weight_from, weight_every, weight_factor
+        See `accuracy_target`.
+    synthetic
+        How the synthetic images are sought.
+    remake_every
+        Epochs after which the synthetic images are made anew, from other noise; None keeps the first ones.
+    shift
+        Clean images are moved by up to so many pixels in either direction, their edges repeated, and the
+        original's logits for the moved image are the target: more clean images for nothing. 0 leaves them.
+    seed
+        Of noise and order.
+    """
+
+    objective: str = "hinge"
+    epochs: int = 40
+    batch_size: int = 200
+    learning_rate: float = 0.1
+    start: float = 1.0
+    weight: float = 1.0
+    tau_quantile: float = 0.1
+    perturbation: float = 8 / 255
+    accuracy_target: float = 0.95
+    weight_from: int = 30
+    weight_every: int = 10
+    weight_factor: float = 1.2
+    synthetic: MaximumMarginConfig = field(default_factory=MaximumMarginConfig)
+    remake_every: int | None = None
+    shift: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("hinge", "margin"):
+            raise ValueError(f"objective must be 'hinge' or 'margin', got {self.objective!r}")
+        if self.epochs < 1 or self.batch_size < 1 or (self.remake_every is not None and self.remake_every < 1):
+            raise ValueError(
+                "epochs, batch_size and remake_every must be >= 1, got "
+                f"{self.epochs}, {self.batch_size}, {self.remake_every}"
+            )
+        if not (self.learning_rate > 0 and self.start > 0 and self.weight >= 0 and self.perturbation >= 0):
+            raise ValueError(
+                "learning_rate and start must be positive, weight and perturbation not negative, got "
+                f"{self.learning_rate}, {self.start}, {self.weight}, {self.perturbation}"
+            )
+        if self.shift < 0:
+            raise ValueError(f"shift must be >= 0, got {self.shift}")
+        if not 0 <= self.tau_quantile <= 1:
+            raise ValueError(f"tau_quantile must lie in [0, 1], got {self.tau_quantile}")
+
+    @classmethod
+    def published(cls, *, epochs: int = 300, seed: int = 0) -> MMACConfig:
+        """The authors' schedule (arXiv 2308.04617, section 3.1 and the authors' code).
+
+        300 epochs, lambda = 0.002 on the sum over a batch of 200, adapted after epoch 30 to hold 95 % accuracy on
+        the clean images; 50 synthetic images a class by 300 plain gradient steps, made anew every 100 epochs.
+        """
+        return cls(
+            objective="margin",
+            epochs=epochs,
+            weight=0.002,
+            perturbation=0.0,
+            synthetic=MaximumMarginConfig.published(),
+            remake_every=100,
+            shift=0,
+            batch_size=200,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class MMACStep:
+    """Progress after one epoch.
+
+    `clean_error`: mean squared error between clipped and original logits on clean images; `margin`: mean margin
+    of the synthetic images on the clipped network; `accuracy`: of the clipped network on the clean images of the
+    fit; `weight`: lambda; `tau`: what the margin may reach (`nan` for the published objective, which has no
+    floor). `model` is the clipped model with the bounds so far.
+    """
+
+    epoch: int
+    epochs: int
+    clean_error: float
+    margin: float
+    accuracy: float
+    weight: float
+    tau: float
+    model: ClippedModel = field(repr=False)
+
+
+def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None = None) -> Iterator[MMACStep]:
+    """Learn upper bounds Z on all activations from a few clean images, so that margins stay limited.
+
+    The published objective (arXiv 2308.04617, equation 5) is
+
+        MSE(g(x; Z), g(x)) + lambda * sum over synthetic images x_t of m_t(x_t; Z),
+
+    where for every class t the x_t maximise the margin m_t of the unclipped network. It has no floor: it goes on
+    lowering margins that are harmless already, and clean accuracy pays. The lab's default puts a floor under each:
+
+        MSE(g(x; Z), g(x)) + lambda * ( mean over x_t of max(0, m_t(x_t; Z) - tau)
+                                        + mean over x, t of max(0, m_t(x + delta_t; Z)) ),
+
+    with tau a quantile of the clean images' own margins: no image, however made, may be decided with more
+    confidence than a clean one. The second mean is over clean images x of other classes than t, with a
+    perturbation delta_t common to all images (`maximum_margin_perturbations`), which must not win.
+
+    Parameters
+    ----------
+    clipped
+        Its bounds are fitted, in place: after every epoch they are the bounds so far, so breaking off keeps them.
+        Its original is not altered.
+    clean
+        The defender's clean images with their true labels, 50 a class in the paper. Only those that the model
+        decides correctly are used.
+    config
+        `MMACConfig()` by default.
+
+    Yields
+    ------
+    MMACStep
+        One an epoch.
+
+    Raises
+    ------
+    ValueError
+        No images, or none that the model decides correctly.
+    """
+    config = config or MMACConfig()
+    fit = BoundFit(clipped, clean, start=config.start, learning_rate=config.learning_rate)
+    generator = torch.Generator().manual_seed(config.seed)
+    classes = fit.targets.shape[1]
+    tau = delta = synthetic = None
+    if config.objective == "hinge":
+        tau = float(torch.quantile(classification_margins(fit.targets, fit.labels), config.tau_quantile))
+        if config.perturbation:
+            some = torch.randperm(len(fit.images), generator=generator)[: 2 * classes]
+            delta = maximum_margin_perturbations(clipped.original, fit.images[some], classes, limit=config.perturbation)
+    weight = config.weight
+    steps = math.ceil(len(fit.images) / config.batch_size)
+    try:
+        for epoch in range(config.epochs):
+            if synthetic is None or (config.remake_every and epoch % config.remake_every == 0):
+                synthetic = _synthetic(fit, replace(config.synthetic, seed=_draw(generator)))
+            images, targets = synthetic
+            error = margin = 0.0
+            order = torch.randperm(len(fit.images), generator=generator).chunk(steps)
+            others = torch.randperm(len(images), generator=generator)
+            for step, rows in enumerate(order):
+                if tau is not None:
+                    done = (epoch + step / steps) / config.epochs
+                    fit.optimiser.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+                made = others[step::steps]
+                clean_batch, targets_batch = fit.batch(rows, config.shift, generator)
+                parts = [clean_batch, images[made]]
+                if delta is not None:
+                    # half of the batch, each image moved towards a random class other than its own
+                    moved = fit.labels[rows][::2]
+                    away = torch.randint(1, classes, (len(moved),), generator=generator).to(moved.device)
+                    towards = (moved + away) % classes
+                    parts.append((clean_batch[::2] + delta[towards]).clamp(0, 1))
+                out = fit.logits(torch.cat(parts)).split([len(part) for part in parts])
+                clean_error = F.mse_loss(out[0], targets_batch)
+                margins = classification_margins(out[1], targets[made])
+                if tau is None:
+                    loss = clean_error + weight * margins.sum()
+                else:
+                    loss = clean_error + weight * F.relu(margins - tau).mean()
+                    if delta is not None:
+                        loss = loss + weight * F.relu(classification_margins(out[2], towards)).mean()
+                fit.step(loss)
+                error += float(clean_error.detach()) / steps
+                margin += float(margins.detach().mean()) / steps
+            fit.write()
+            accuracy = fit.accuracy()
+            yield MMACStep(
+                epoch + 1,
+                config.epochs,
+                error,
+                margin,
+                accuracy,
+                weight,
+                math.nan if tau is None else tau,
+                clipped,
+            )
+            if tau is None and epoch + 1 >= config.weight_from and (epoch + 1) % config.weight_every == 0:
+                weight *= config.weight_factor ** (1 if accuracy > config.accuracy_target else -1)
+    finally:
+        fit.write()
+
+
+def _draw(generator: torch.Generator) -> int:
+    """A seed for noise of its own, from the one generator of the fit."""
+    return int(torch.randint(2**31, (), generator=generator))
+
+
+def _synthetic(fit: BoundFit, config: MaximumMarginConfig) -> tuple[Tensor, Tensor]:
+    """Maximum-margin images of the unclipped network and their classes, on the device of the fit."""
+    _, channels, height, width = fit.images.shape
+    found = maximum_margin_images(fit.clipped.original, (channels, height, width), fit.targets.shape[1], config)
+    images = found.images.to(fit.images.device).contiguous(memory_format=torch.channels_last)
+    return images, found.classes.to(fit.images.device)

@@ -1,0 +1,414 @@
+"""Tuning bounds by hand: the state behind `BoundTuner`, without a widget and without a kernel."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bclip_lab.clipping import ClippedModel, abnormality
+from bclip_lab.data.images import Attack, LabelledImages, Splits, TriggeredImages
+from bclip_lab.evaluation import Evaluation
+from bclip_lab.margins import classification_margins
+from bclip_lab.models import logits
+
+__all__ = ["LIMIT", "BoundTuning", "Channel", "Measured"]
+
+LIMIT = 1.5
+"""From this scale on a site has no bound."""
+
+_ALL = object()  # what a change of all sites is of
+_KEPT = 4  # sites whose activations are kept
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel of a site.
+
+    `clean` is its largest activation on the defender's images, `triggered` on triggered test images, both
+    without bounds; `ratio` is what `bclip_lab.clipping.abnormality` makes of them; `by_hand` tells whether
+    its bound was set apart from its site's.
+    """
+
+    index: int
+    clean: float
+    triggered: float
+    ratio: float
+    bound: float
+    by_hand: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one set of bounds does.
+
+    `clean_margins` float32 (N,) are of the true class on the clean images, `triggered_margins` (M,) of the
+    attacker's target on the triggered ones. Above 0 that class is the decision.
+    """
+
+    evaluation: Evaluation
+    clean_margins: Tensor = field(repr=False)
+    triggered_margins: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """Bounds of a site: `scale` times `base` (C,), but for the channels in `by_hand`."""
+
+    scale: float
+    base: Tensor
+    by_hand: Mapping[int, float] = field(default_factory=dict)
+
+    def equals(self, other: _Site) -> bool:
+        """Whether nothing tells the two apart."""
+        same = self.scale == other.scale and self.by_hand == other.by_hand
+        return same and torch.equal(self.base, other.base)
+
+    def bounds(self) -> Tensor:
+        """float32 (C,)."""
+        free = torch.full_like(self.base, torch.inf)
+        # where the base has no bound, none results from a scale of 0 either
+        bounds = free if self.scale >= LIMIT else torch.where(self.base.isinf(), free, self.scale * self.base)
+        for channel, bound in self.by_hand.items():
+            bounds[channel] = bound
+        return bounds
+
+
+class BoundTuning:
+    """Bounds of a clipped model, moved by hand, and what they do to clean and triggered images.
+
+    A site's bounds are `scale` times the largest activations of its channels on the defender's clean images,
+    or times bounds that were loaded. At a scale of `LIMIT` and above there is no bound. A channel can have a
+    bound of its own, which stays as it is when the scale moves.
+
+    Every change goes to the clipped model at once (`ClippedModel.set_bounds`); `evaluate` measures it. To
+    start with, the bounds are those that the model has. The original network is left as it is.
+
+    Parameters
+    ----------
+    clipped
+        The model whose bounds are tuned.
+    splits
+        `defender` gives the clean maxima, `test` the images that judge.
+    attack
+        Makes the triggered images out of `test`.
+    images
+        At most so many clean and so many triggered test images are used.
+    seed
+        Which ones, where there are more.
+
+    Attributes
+    ----------
+    clean, triggered
+        The images that judge.
+    reference
+        For every site float32 (C,): the largest activations on the defender's images, at least 0.
+    abnormality
+        For every site float32 (C,): the largest triggered activation as a multiple of the largest clean one.
+    unclipped
+        What the network does without bounds.
+    measured
+        What it did at the latest `evaluate`.
+    trail
+        ACC, ASR and RA of everything that was evaluated, in order.
+
+    Raises
+    ------
+    ValueError
+        `clipped` is no `ClippedModel`, `images` is below 1, or the attack turns no test image.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from bclip_lab.attacks import AllToOne, BackdoorAttack, PatchTrigger
+    >>> from bclip_lab.data import signs
+    >>> splits = signs(train=20, test=20, per_class=1, cache=False)
+    >>> attack = BackdoorAttack(PatchTrigger(), AllToOne(0))
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.ReLU(), nn.Linear(4, 10))
+    >>> tuning = BoundTuning(ClippedModel(model), splits, attack)
+    >>> tuning.set_scale("2", 0.5)
+    >>> tuning.evaluate().triggered, tuning.scales, tuning.undo(), tuning.scales
+    (18, {'2': 0.5}, True, {'2': 1.5})
+    """
+
+    def __init__(
+        self, clipped: ClippedModel, splits: Splits, attack: Attack, *, images: int = 500, seed: int = 0
+    ) -> None:
+        if not isinstance(clipped, ClippedModel):
+            raise ValueError(f"clipped must be a ClippedModel, got {type(clipped).__name__}")
+        if images < 1:
+            raise ValueError(f"images must be at least 1, got {images}")
+        triggered = attack.triggered(splits.test)
+        if not len(triggered):
+            raise ValueError("attack turns no image of splits.test")
+        generator = torch.Generator().manual_seed(seed)
+        self.clipped = clipped
+        self.clean: LabelledImages = splits.test.subset(_rows(len(splits.test), images, generator))
+        self.triggered = _subset(triggered, _rows(len(triggered), images, generator))
+        self.defenders = len(splits.defender)
+        self.available = len(splits.test)
+
+        self._original = ClippedModel(clipped.original)
+        clean = self._original.activations(splits.defender, quantiles=())
+        reached = self._original.activations(self.triggered.images, quantiles=())
+        self.abnormality = abnormality(clean, reached)
+        self.reference = {site: values.clamp(min=0) for site, values in clean.maximum.items()}
+        self._reached = reached.maximum
+        self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+        self._sites = {site: self._recognised(site, bounds) for site, bounds in clipped.bounds.items()}
+        self._past: list[dict[str, _Site]] = []
+        self._future: list[dict[str, _Site]] = []
+        self._last: object = None  # what the latest change was of
+        self.trail: list[Evaluation] = []
+        self.unclipped = self.measured = self._measure(self._original)
+        if self.bounded:
+            self.evaluate()
+        else:
+            self.trail.append(self.unclipped.evaluation)
+
+    # --- what there is ---
+
+    @property
+    def bounds(self) -> dict[str, Tensor]:
+        """The bounds: for every site a copy, float32 (C,)."""
+        return {site: state.bounds() for site, state in self._sites.items()}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scale of every site, in [0, LIMIT]."""
+        return {site: state.scale for site, state in self._sites.items()}
+
+    @property
+    def bounded(self) -> list[str]:
+        """The sites that have a bound on some channel."""
+        return [site for site, bounds in self.bounds.items() if bool(bounds.isfinite().any())]
+
+    def loaded(self, site: str) -> bool:
+        """Whether the scale of a site is of bounds that were loaded, not of the clean maxima."""
+        return self._site(site).base is not self.reference[site]
+
+    def by_hand(self, site: str) -> dict[int, float]:
+        """The channels of a site that have a bound of their own."""
+        return dict(self._site(site).by_hand)
+
+    def channels(self, site: str) -> list[Channel]:
+        """The channels of a site, the most abnormal first."""
+        state = self._site(site)
+        bounds, ratios = state.bounds().tolist(), self.abnormality[site]
+        clean, reached = self.reference[site].tolist(), self._reached[site].tolist()
+        return [
+            Channel(i, clean[i], reached[i], float(ratios[i]), bounds[i], i in state.by_hand)
+            for i in ratios.argsort(descending=True, stable=True).tolist()
+        ]
+
+    def activations(self, site: str, channel: int | None = None) -> tuple[Tensor, Tensor]:
+        """The largest activation of every image at a site, without bounds: clean (N,) and triggered (M,).
+
+        Of one channel as it is; without a channel the largest multiple, over all channels, of a channel's
+        clean maximum. There a maximum counts as at least a hundredth of the site's largest, as in
+        `bclip_lab.clipping.abnormality`.
+        """
+        self._check(site, channel)
+        if site not in self._kept:
+            self._kept[site] = (
+                self._original.site_activations(self.clean, site),
+                self._original.site_activations(self.triggered.images, site),
+            )
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        clean, triggered = self._kept[site]
+        if channel is not None:
+            return clean[:, channel], triggered[:, channel]
+        unit = self._unit(site)
+        return (clean / unit).amax(1), (triggered / unit).amax(1)
+
+    def bound_range(self, site: str, channel: int | None = None) -> tuple[float, float] | None:
+        """The smallest and the largest bound in the unit of `activations`; None where there is no bound."""
+        self._check(site, channel)
+        bounds = self._sites[site].bounds()
+        if channel is not None:
+            values = bounds[channel : channel + 1]
+        else:
+            # a silent channel's bound is a share of nothing, and says nothing where others have one
+            heard = self.reference[site] > 0
+            values = bounds / self._unit(site)
+            values = values[heard] if bool(heard.any()) else values
+        values = values[values.isfinite()]
+        return (float(values.min()), float(values.max())) if len(values) else None
+
+    # --- changes ---
+
+    def set_scale(self, site: str, scale: float, *, merge: bool = False) -> None:
+        """Scale the bounds of a site; its channels that were set by hand stay.
+
+        Parameters
+        ----------
+        site
+            Its name.
+        scale
+            At least 0; `LIMIT` and above is no bound.
+        merge
+            Make this one step, for `undo`, with the change before where that was of the same site: a drag is
+            one step.
+        """
+        self._change({site: replace(self._site(site), scale=_checked(scale))}, site, merge)
+
+    def scale_all(self, scale: float, *, merge: bool = False) -> None:
+        """Give all sites the same scale; `merge` as in `set_scale`."""
+        scale = _checked(scale)
+        self._change({s: replace(state, scale=scale) for s, state in self._sites.items()}, _ALL, merge)
+
+    def set_bound(self, site: str, channel: int, bound: float | None) -> None:
+        """Set the bound of one channel, +inf for none; None gives it back to the scale of its site.
+
+        Raises
+        ------
+        ValueError
+            An unknown site or channel, or a bound that `ClippedModel.set_bounds` refuses.
+        """
+        self._check(site, channel)
+        state = self._sites[site]
+        by_hand = {c: b for c, b in state.by_hand.items() if c != channel}
+        if bound is not None:
+            by_hand[channel] = float(bound)
+        self._change({site: replace(state, by_hand=by_hand)})
+
+    def load(self, bounds: Mapping[str, Tensor | float]) -> None:
+        """Take bounds, learned ones for example: they are 100 % of their sites then.
+
+        Parameters
+        ----------
+        bounds
+            As `ClippedModel.set_bounds` takes them. The sites not named stay as they are.
+
+        Raises
+        ------
+        ValueError
+            Bounds that `ClippedModel.set_bounds` refuses.
+        """
+        self.clipped.set_bounds(bounds)  # checks them
+        taken = self.clipped.bounds
+        self._change({site: self._recognised(site, taken[site]) for site in bounds})
+
+    def reset(self, site: str | None = None) -> None:
+        """Take the bounds off a site, or off all: 100 % is its clean maximum again."""
+        if site is not None:
+            self._check(site, None)
+        self._change({s: _Site(LIMIT, self.reference[s]) for s in (self._sites if site is None else [site])})
+
+    def undo(self) -> bool:
+        """Take the latest change back; False where there is none."""
+        return self._step(self._past, self._future)
+
+    def redo(self) -> bool:
+        """Make the change again that `undo` took back; False where there is none."""
+        return self._step(self._future, self._past)
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether there is a change to take back."""
+        return bool(self._past)
+
+    @property
+    def can_redo(self) -> bool:
+        """Whether there is a change to make again."""
+        return bool(self._future)
+
+    def evaluate(self) -> Evaluation:
+        """Measure the bounds on the test images: sets `measured`, adds to `trail`."""
+        self._apply()  # others may have set other bounds since
+        self.measured = self._measure(self.clipped)
+        self.trail.append(self.measured.evaluation)
+        return self.measured.evaluation
+
+    # --- inside ---
+
+    def _measure(self, model: ClippedModel) -> Measured:
+        clean, triggered = logits(model, self.clean), logits(model, self.triggered.images)
+        labels, targets = self.clean.labels.cpu(), self.triggered.targets.cpu()
+        return Measured(
+            Evaluation.from_decisions(clean.argmax(1), labels, triggered.argmax(1), self.triggered),
+            classification_margins(clean, labels),
+            classification_margins(triggered, targets),
+        )
+
+    def _recognised(self, site: str, bounds: Tensor) -> _Site:
+        """Bounds as a scale of the clean maxima where they are one, else as 100 % of themselves."""
+        reference, bounds = self.reference[site], bounds.cpu()
+        if bool(bounds.isposinf().all()):
+            return _Site(LIMIT, reference)
+        if float(reference.max()) > 0:
+            scale = float(bounds[reference.argmax()] / reference.max())
+            if 0 <= scale < LIMIT and torch.allclose(bounds, scale * reference, rtol=1e-5, atol=0):
+                return _Site(round(scale, 6), reference)
+        return _Site(1.0, bounds)
+
+    def _unit(self, site: str) -> Tensor:
+        reference = self.reference[site]
+        largest = float(reference.max())
+        return reference.clamp(min=0.01 * largest) if largest > 0 else torch.ones_like(reference)
+
+    def _site(self, site: str) -> _Site:
+        self._check(site, None)
+        return self._sites[site]
+
+    def _check(self, site: str, channel: int | None) -> None:
+        if site not in self._sites:
+            raise ValueError(f"there is no site {site!r}; the sites are {', '.join(self._sites)}")
+        count = len(self.reference[site])
+        if channel is not None and not 0 <= channel < count:
+            raise ValueError(f"channel must lie in [0, {count}) at site {site!r}, got {channel}")
+
+    def _change(self, changed: Mapping[str, _Site], of: object = None, merge: bool = False) -> None:
+        if all(self._sites[site].equals(state) for site, state in changed.items()):
+            return
+        before, self._sites = self._sites, self._sites | dict(changed)
+        try:
+            self._apply()
+        except ValueError:
+            self._sites = before
+            raise
+        if not (merge and of is not None and of == self._last and self._past):
+            self._past.append(before)
+        self._future.clear()
+        self._last = of
+
+    def _step(self, source: list[dict[str, _Site]], other: list[dict[str, _Site]]) -> bool:
+        if not source:
+            return False
+        other.append(self._sites)
+        self._sites = source.pop()
+        self._last = None
+        self._apply()
+        return True
+
+    def _apply(self) -> None:
+        self.clipped.set_bounds(self.bounds)
+
+
+def _checked(scale: float) -> float:
+    if not scale >= 0:
+        raise ValueError(f"scale must be at least 0, got {scale}")
+    return min(float(scale), LIMIT)
+
+
+def _rows(available: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """All rows, or `wanted` random ones, in order."""
+    if available <= wanted:
+        return torch.arange(available)
+    return torch.randperm(available, generator=generator)[:wanted].sort().values
+
+
+def _subset(made: TriggeredImages, rows: Tensor) -> TriggeredImages:
+    rows = rows.to(made.images.device)
+    return replace(
+        made,
+        images=made.images[rows],
+        true_labels=made.true_labels[rows],
+        targets=made.targets[rows],
+        rows=made.rows[rows],
+    )

@@ -1,0 +1,170 @@
+"""A JupyterLab of its own for the browser tests, and a page in Chromium to drive it with."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
+
+SETTINGS = {
+    # no pop-up that asks for news, and no cell that is left out because it is scrolled away
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
+}
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SECONDS = 60  # for what takes a moment only, on a machine that has others to serve
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A running JupyterLab: its address, the folder it shows and the file it logs to."""
+
+    url: str
+    root: Path
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """JupyterLab on 127.0.0.1 without a token, in temporary folders."""
+    base = tmp_path_factory.mktemp("jupyterlab")
+    folders = {name: base / name for name in ("root", "config", "data", "runtime", "ipython", "home")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["config"] / "labconfig").mkdir()
+    (folders["config"] / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # figures are drawn inline, as for a user
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    env |= {f"JUPYTER_{name.upper()}_DIR": str(folders[name]) for name in ("config", "data", "runtime")}
+    env |= {"IPYTHONDIR": str(folders["ipython"]), "HOME": str(folders["home"])}
+    command = [
+        *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1"),
+        *(f"--port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={folders['root']}"),
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    url, log = f"http://127.0.0.1:{port}", base / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=env, cwd=folders["root"], stdout=out, stderr=out)
+        try:
+            wait_for_server(url, process, log)
+            yield Lab(url, folders["root"], log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_for_server(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            direct.open(f"{url}/api", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: Path) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, headless=True, args=FLAGS)
+
+
+class Notebook:
+    """A notebook that is open in a page."""
+
+    def __init__(self, page: Page, lab: Lab, name: str, cells: list[str], shots: Path) -> None:
+        self.shots = shots
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+        nbformat.write(notebook, lab.root / name)
+        self.page = page
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.set_default_timeout(1000 * SECONDS)
+        page.goto(f"{lab.url}/lab/tree/{name}?reset")
+        page.wait_for_function(
+            """() => {
+                const panel = window.jupyterapp?.shell.currentWidget;
+                return panel?.context?.isReady && panel.sessionContext.session?.kernel?.status === "idle";
+            }"""
+        )
+
+    def run(self) -> None:
+        """Run all cells."""
+        assert self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+
+    def expect(self, expression: str, value: str) -> None:
+        """Wait until an expression of JavaScript has a value."""
+        try:
+            self.page.wait_for_function(f"value => ({expression}) === value", arg=value)
+        except TimeoutError:
+            self.page.screenshot(path=self.shots / "failure.png")
+            pytest.fail(f"{expression}\nis      {self.page.evaluate(expression)}\ninstead {value}")
+
+    def kernel(self, code: str) -> str:
+        """What the kernel prints for some code, after all that it has to do already."""
+        text: str = self.page.evaluate(
+            """async code => {
+                const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+                const future = kernel.requestExecute({code, store_history: false});
+                let text = "";
+                future.onIOPub = message => {
+                    text += message.content.text ?? message.content.traceback?.join("\\n") ?? "";
+                };
+                await future.done;
+                return text;
+            }""",
+            code,
+        )
+        return text.strip()
+
+    def faults(self) -> list[str]:
+        """Errors of the page, and what the cells wrote to stderr or raised."""
+        kinds = ("application/vnd.jupyter.stderr", "application/vnd.jupyter.error")
+        selector = ", ".join(f"[data-mime-type='{kind}']" for kind in kinds)
+        return self.errors + self.page.locator(selector).all_inner_texts()
+
+
+@pytest.fixture
+def open_notebook(browser: Browser, lab: Lab, tmp_path: Path) -> Iterator[Any]:
+    """Opens a notebook of the given cells in a page of its own; its kernel ends with the test."""
+    contexts = []
+
+    def opened(name: str, cells: list[str]) -> Notebook:
+        context = browser.new_context(viewport={"width": 1400, "height": 1250})
+        contexts.append(context)
+        return Notebook(context.new_page(), lab, name, cells, tmp_path)
+
+    yield opened
+    for context in contexts:
+        for page in context.pages:
+            page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        context.close()

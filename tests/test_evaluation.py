@@ -1,0 +1,191 @@
+"""bclip_lab.evaluation: ACC, ASR and RA by hand, and the ROC."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bclip_lab.attacks import AllToAll, AllToOne, BackdoorAttack, OneToOne
+from bclip_lab.data.images import LabelledImages, TriggeredImages
+from bclip_lab.evaluation import Evaluation, RocCurve, evaluate
+
+CLASSES = ("cat", "dog", "owl")
+
+
+def shown_as(*decisions: int, classes: int = 3) -> Tensor:
+    """Images (N, K, 1, 1) of which `Flatten`, as a classifier, decides so."""
+    return torch.eye(classes)[list(decisions)][:, :, None, None]
+
+
+@dataclass(frozen=True)
+class Becomes:
+    """A trigger after which the classifier decides as listed."""
+
+    decisions: tuple[int, ...]
+
+    def embed(self, images: Tensor) -> Tensor:
+        assert len(images) == len(self.decisions)
+        return shown_as(*self.decisions)
+
+
+TEST = LabelledImages(shown_as(0, 1, 1, 1, 2, 0), torch.tensor([0, 0, 1, 1, 2, 2]), CLASSES)
+
+
+# --- ACC, ASR, RA ---
+
+
+def test_without_an_attack_there_is_accuracy_only() -> None:
+    result = evaluate(nn.Flatten(), TEST)
+    assert result.acc == pytest.approx(4 / 6) and (result.clean, result.triggered) == (6, 0)
+    assert math.isnan(result.asr) and math.isnan(result.ra)
+    assert repr(result) == "Evaluation(ACC 0.667 of 6)"
+
+
+@pytest.mark.parametrize(
+    ("label_map", "decisions", "asr", "ra"),
+    [
+        # rows 2 to 5, true 1 1 2 2: the two images that are of the target already are not counted
+        (AllToOne(0), (0, 1, 2, 1), 1 / 4, 2 / 4),
+        (AllToOne(0), (0, 0, 0, 0), 1, 0),
+        (AllToOne(0), (1, 1, 2, 2), 0, 1),
+        # rows 4 and 5, true 2: one turned, one neither turned nor right
+        (OneToOne(2, 1), (1, 0), 1 / 2, 0),
+        # all rows, true 0 0 1 1 2 2, targets 1 1 2 2 0 0
+        (AllToAll(3), (1, 0, 2, 2, 2, 1), 3 / 6, 2 / 6),
+    ],
+)
+def test_asr_and_ra_by_hand(label_map: AllToOne, decisions: tuple[int, ...], asr: float, ra: float) -> None:
+    result = evaluate(nn.Flatten(), TEST, BackdoorAttack(Becomes(decisions), label_map))
+    assert result.asr == pytest.approx(asr) and result.ra == pytest.approx(ra)
+    assert result.acc == pytest.approx(4 / 6) and (result.clean, result.triggered) == (6, len(decisions))
+    expected = f"Evaluation(ACC 0.667 of 6, ASR {asr:.3f}, RA {ra:.3f} of {len(decisions)})"
+    assert repr(result) == expected
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(1, 2)), min_size=1, max_size=12))
+def test_decisions_are_counted(rows: list[tuple[int, int, int]]) -> None:
+    decisions, labels, shifts = torch.tensor(rows).T
+    targets = (labels + shifts) % 3
+    images = TriggeredImages(torch.zeros(len(rows), 1, 1, 1), labels, targets, torch.arange(len(rows)), CLASSES)
+    result = Evaluation.from_decisions(decisions, labels, decisions, images)
+    turned = sum(d == (label + s) % 3 for d, label, s in rows)
+    right = sum(d == label for d, label, _ in rows)
+    assert result.acc == result.ra == pytest.approx(right / len(rows))
+    assert result.asr == pytest.approx(turned / len(rows))
+    assert result.asr + result.ra <= 1 + 1e-12
+
+
+def test_bytes_are_evaluated_like_floats() -> None:
+    bytes_ = LabelledImages((TEST.images * 255).byte(), TEST.labels, CLASSES)
+    attack = BackdoorAttack(Becomes((0, 1, 2, 1)), AllToOne(0))
+    assert evaluate(nn.Flatten(), bytes_, attack) == evaluate(nn.Flatten(), TEST, attack)
+
+
+def test_a_model_is_judged_in_evaluation_mode_and_gets_its_mode_back() -> None:
+    class OnlyInEvaluationMode(nn.Flatten):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(-x if self.training else x)
+
+    model = OnlyInEvaluationMode().train()
+    attack = BackdoorAttack(Becomes((0, 1, 2, 1)), AllToOne(0))
+    assert evaluate(model, TEST, attack) == evaluate(nn.Flatten(), TEST, attack)
+    assert model.training
+
+
+def test_a_model_may_know_more_classes_but_not_fewer() -> None:
+    two = LabelledImages(shown_as(0, 2, 1), torch.tensor([0, 1, 1]), CLASSES[:2])
+    assert evaluate(nn.Flatten(), two).acc == pytest.approx(2 / 3)
+    four = LabelledImages(TEST.images, TEST.labels, (*CLASSES, "bee"))
+    with pytest.raises(ValueError, match="model has 3 classes, the images have 4"):
+        evaluate(nn.Flatten(), four)
+
+
+def test_an_empty_test_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="images is empty"):
+        evaluate(nn.Flatten(), TEST[:0])
+    with pytest.raises(ValueError, match="no image of the attack's source classes"):
+        evaluate(nn.Flatten(), TEST[:2], BackdoorAttack(Becomes(()), AllToOne(0)))
+
+
+# --- ROC ---
+
+scores = st.lists(st.integers(-8, 8), min_size=1, max_size=15)
+
+
+def test_a_curve_by_hand() -> None:
+    curve = RocCurve([1.0, 2.0, 3.0, 4.0], [3.5, 5.0, 0.0])
+    assert curve.auroc == pytest.approx((3 + 4 + 0) / 12)
+    points = list(zip(curve.false_positive_rate.tolist(), curve.true_positive_rate.tolist(), strict=True))
+    third = 1 / 3
+    expected = [(0, 0), (0, third), (0.25, third), (0.25, 2 * third), (0.5, 2 * third)]
+    expected += [(0.75, 2 * third), (1, 2 * third), (1, 1)]
+    assert np.allclose(points, expected)
+    assert curve.thresholds.tolist() == [math.inf, 5, 4, 3.5, 3, 2, 1, 0]
+    for fpr, tpr in [(0.0, third), (0.2499, third), (0.25, 2 * third), (0.999, 2 * third), (1.0, 1.0)]:
+        assert curve.tpr_at(fpr) == pytest.approx(tpr)
+    assert curve.rates_at(3.0) == (0.25, pytest.approx(2 * third))
+    assert curve.rates_at(3.5) == (0.25, pytest.approx(third))
+    assert curve.rates_at(-1.0) == (1.0, 1.0)
+
+
+def test_a_tie_counts_half() -> None:
+    curve = RocCurve([1, 1], [1, 2])
+    assert curve.auroc == pytest.approx(0.75)
+    assert curve.tpr_at(0.5) == 0.5
+
+
+def test_scores_come_as_lists_arrays_or_tensors() -> None:
+    clean, triggered = [0.5, 1.5, 0.25], [2.0, 1.0]
+    curves = [
+        RocCurve(clean, triggered),
+        RocCurve(np.array(clean, np.float32), np.array(triggered)),
+        RocCurve(torch.tensor(clean), torch.tensor(triggered, dtype=torch.float64)),
+    ]
+    for curve in curves:
+        assert curve.clean.dtype == np.float64 and curve.clean.tolist() == clean
+        assert curve.triggered.tolist() == triggered and curve.auroc == pytest.approx(5 / 6)
+
+
+@settings(max_examples=50)
+@given(clean=scores, triggered=scores)
+def test_auroc_is_the_share_of_pairs_in_order(clean: list[int], triggered: list[int]) -> None:
+    pairs = [(t > c) + 0.5 * (t == c) for t in triggered for c in clean]
+    curve = RocCurve(clean, triggered)
+    assert curve.auroc == pytest.approx(sum(pairs) / len(pairs))
+    assert RocCurve(triggered, clean).auroc == pytest.approx(1 - curve.auroc)
+    for monotone in (lambda x: 3 * x - 7, np.exp, lambda x: x**3):
+        mapped = RocCurve(monotone(np.array(clean, float)), monotone(np.array(triggered, float)))
+        assert mapped.auroc == pytest.approx(curve.auroc)
+    for rate in (curve.false_positive_rate, curve.true_positive_rate):
+        assert rate[0] == 0 and rate[-1] == 1 and (np.diff(rate) >= 0).all()
+    heights = (curve.true_positive_rate[1:] + curve.true_positive_rate[:-1]) / 2
+    assert (heights * np.diff(curve.false_positive_rate)).sum() == pytest.approx(curve.auroc)
+    for fpr, tpr in zip(curve.false_positive_rate, curve.true_positive_rate, strict=True):
+        assert curve.tpr_at(fpr) >= tpr
+
+
+@pytest.mark.parametrize(
+    ("clean", "triggered", "name"),
+    [
+        ([], [1.0], "clean"),
+        ([1.0], [], "triggered"),
+        ([1.0, math.nan], [1.0], "clean"),
+        ([1.0], [math.inf, 2.0], "triggered"),
+    ],
+)
+def test_missing_and_infinite_scores_are_refused(clean: list[float], triggered: list[float], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must hold at least one score and finite ones only"):
+        RocCurve(clean, triggered)
+
+
+@pytest.mark.parametrize("fpr", [-0.1, 1.1, math.nan])
+def test_a_rate_outside_its_range_is_refused(fpr: float) -> None:
+    with pytest.raises(ValueError, match=r"fpr must lie in \[0, 1\], got"):
+        RocCurve([0], [1]).tpr_at(fpr)

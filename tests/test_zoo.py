@@ -1,0 +1,101 @@
+"""The zoo: every shipped checkpoint loads, keeps its card's word, and is refused when damaged."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bclip_lab import zoo
+from bclip_lab.data.files import data_dir, load_tensors
+from bclip_lab.evaluation import evaluate
+from bclip_lab.training import TrainConfig, run
+
+ATTACKED = [name for name in zoo.list() if not name.startswith("clean")]
+
+
+@pytest.fixture
+def own_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder with a copy of one checkpoint; the real one is not touched."""
+    (tmp_path / "zoo").mkdir()
+    for file in (data_dir() / "zoo").glob("patch.*"):
+        shutil.copy(file, tmp_path / "zoo")
+    monkeypatch.setenv("BCLIP_LAB_DATA", str(tmp_path))
+    return tmp_path / "zoo"
+
+
+@pytest.mark.parametrize("name", zoo.list())
+def test_every_card_meets_what_the_lab_promises(name: str) -> None:
+    checkpoint = zoo.load(name, device="cpu")
+    metrics = checkpoint.card["metrics"]
+    assert metrics["acc"] >= 0.97
+    if name in ATTACKED:
+        assert metrics["asr"] >= (0.90 if name == "patch-3-percent" else 0.95)
+        assert set(checkpoint.card["training_seeds"]) == {"acc", "asr", "ra"}
+        assert checkpoint.card["training_seeds"]["asr"]["seeds"] == [0, 1, 2]
+    assert not checkpoint.model.training
+    assert (data_dir() / "zoo" / f"{name}.safetensors").stat().st_size <= 1_500_000
+
+
+@pytest.mark.parametrize("name", ["clean-0", "blended"])
+def test_a_card_tells_what_the_stored_model_does(name: str) -> None:
+    checkpoint = zoo.load(name, device="cpu")
+    result = evaluate(checkpoint.model, checkpoint.splits().test, checkpoint.attack)
+    # another processor may round a few decisions otherwise
+    for metric, value in checkpoint.card["metrics"].items():
+        assert getattr(result, metric) == pytest.approx(value, abs=0.002)
+    assert result.clean == checkpoint.card["counts"]["clean"]
+
+
+def test_a_truncated_checkpoint_is_refused(own_zoo: Path) -> None:
+    file = own_zoo / "patch.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="does not match the checksum"):
+        zoo.load("patch")
+
+
+def test_a_card_of_another_recipe_is_refused(own_zoo: Path) -> None:
+    file = own_zoo / "patch.json"
+    card = json.loads(file.read_text())
+    card["recipe"]["attack"]["poison_rate"] = 0.5
+    file.write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="another recipe"):
+        zoo.load("patch")
+
+
+def test_what_is_missing_is_named(own_zoo: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="clean-0"):
+        zoo.load("clean-0")
+    with pytest.raises(ValueError, match="no such"):
+        zoo.load("no such")
+    with pytest.raises(ValueError, match="seed"):
+        zoo.load("patch", seed=7)
+
+
+def test_build_writes_every_seed_and_nothing_when_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BCLIP_LAB_DATA", str(tmp_path))
+    quick = TrainConfig(epochs=1, batch_size=500)
+    monkeypatch.setitem(zoo.RECIPES, "patch", replace(zoo.RECIPES["patch"], seeds=(0, 1), config=quick))
+    monkeypatch.setattr(zoo, "signs", lambda: SMALL)
+    for _ in zoo.build("patch"):
+        break
+    assert not list(tmp_path.rglob("*.safetensors"))
+    last = run(zoo.build("patch"))
+    assert (last.epoch, last.epochs) == (2, 2)
+    card = zoo.load("patch").card
+    both = [zoo.load("patch", seed=seed).card["metrics"]["acc"] for seed in (0, 1)]
+    assert card["training_seeds"]["acc"]["mean"] == pytest.approx(sum(both) / 2)
+    tensors, _ = load_tensors(tmp_path / "zoo" / "patch.safetensors")
+    assert tensors["conv1.weight"].dtype == torch.float16
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def _small() -> object:
+    from bclip_lab.data import signs
+
+    return signs(train=200, test=60, per_class=2, cache=False)
+
+
+SMALL = _small()

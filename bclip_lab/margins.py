@@ -71,9 +71,9 @@ class MaximumMarginConfig:
         Of the noise, uniform in [0, 1].
     """
 
-    per_class: int = 20
-    steps: int = 80
-    learning_rate: float = 0.05
+    per_class: int = 10
+    steps: int = 40
+    learning_rate: float = 0.1
     optimiser: str = "adam"
     seed: int = 0
 
@@ -139,7 +139,7 @@ def maximum_margin_images(
     classes
         Number of classes K of the model.
     config
-        `MaximumMarginConfig()` by default: all classes in one batch under Adam, 80 steps, which finds the
+        `MaximumMarginConfig()` by default: all classes in one batch under Adam, 40 steps, which finds the
         same outlying class as the published 300 plain steps in a thirtieth of the time.
     batch_size
         Images at once; memory is bounded by it.

@@ -64,8 +64,8 @@ class MMACConfig:
     """
 
     objective: str = "hinge"
-    epochs: int = 40
-    batch_size: int = 200
+    epochs: int = 25
+    batch_size: int = 100
     learning_rate: float = 0.1
     start: float = 1.0
     weight: float = 1.0

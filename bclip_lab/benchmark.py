@@ -43,10 +43,13 @@ __all__ = [
 
 Fit = Callable[[ClippedModel, LabelledImages, int], Iterator[Any]]
 
+# The stem's and the first two stages' last activations of a lab ResNet, as the authors' code bounds them (MM-BM).
+_EARLY = ("relu", "stages.0.0.relu_1", "stages.1.0.relu_1")
+
 DEFENCES: dict[str, Fit] = {
     "mmac": lambda clipped, clean, seed: mmac(clipped, clean, MMACConfig(seed=seed)),
     "mmac-published": lambda clipped, clean, seed: mmac(clipped, clean, MMACConfig.published(seed=seed)),
-    "mm-bm": lambda clipped, clean, seed: mmbm(clipped, clean, MMBMConfig(seed=seed)),
+    "mm-bm": lambda clipped, clean, seed: mmbm(clipped, clean, MMBMConfig(sites=_EARLY, seed=seed)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +14,10 @@ from tqdm.auto import tqdm
 
 from bclip_lab import benchmark, zoo
 from bclip_lab.attacks import AllToOne, BackdoorAttack, BlendedTrigger, PatchTrigger
+from bclip_lab.clipping import ClippedModel
 from bclip_lab.data import image_folder
-from bclip_lab.data.files import data_dir
+from bclip_lab.data.files import data_dir, write_bytes
+from bclip_lab.evaluation import Evaluation
 from bclip_lab.models import resnet10
 from bclip_lab.training import TrainConfig, run, train
 
@@ -96,6 +99,40 @@ def _images(arguments: argparse.Namespace) -> None:
     print("MM-BD", verdict)
 
 
+def _tables(arguments: argparse.Namespace) -> None:
+    print("\n".join(benchmark.update_readme(arguments.path)))
+    _picture(data_dir() / "story.png")
+
+
+def _picture(path: Path) -> None:
+    """The README's picture: trigger, the most abnormal channel, and the recorded numbers before and after."""
+    from matplotlib.figure import Figure  # slow to import, and no other command draws
+
+    from bclip_lab import plots
+
+    checkpoint = zoo.load("patch")
+    assert checkpoint.attack is not None
+    test, attack = checkpoint.splits().test, checkpoint.attack
+    clipped = ClippedModel(checkpoint.model)
+    triggered = attack.triggered(test)
+    found = plots.AbnormalityDisplay.from_model(clipped, test, triggered)
+    site, channel, _ = max(found.worst(), key=lambda worst: worst[2])
+    row = benchmark.read("mmac", "patch-0-fit-0")
+    judged = {name: Evaluation(**row[when]) for name, when in (("attacked", "before"), ("clipped", "after"))}
+    figure = Figure(figsize=(18, 5), layout="constrained")
+    axes = figure.subplot_mosaic([["clean", "triggered", "activations", "numbers"]], width_ratios=[1, 1, 4, 5.5])
+    for name, images in (("clean", test.images[triggered.rows]), ("triggered", triggered.images)):
+        axes[name].imshow(images[:9:3].permute(0, 2, 3, 1).flatten(0, 1).numpy())
+        axes[name].set(title=name, xticks=[], yticks=[])
+    plots.ActivationDisplay.from_model(clipped, test, triggered, site, channel).plot(axes["activations"])
+    plots.EvaluationDisplay.from_evaluations(judged, ceiling=row["ra_ceiling"]).plot(axes["numbers"])
+    axes["activations"].set_title(f"channel {channel} of {site}")
+    axes["numbers"].set_title("before and after its activations are bounded")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=80)
+    write_bytes(path, content.getvalue())
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; 0 where it succeeded, 1 after an error, whose message goes to the standard error."""
     parser = argparse.ArgumentParser(prog="python -m bclip_lab", description=__doc__)
@@ -124,9 +161,9 @@ def main(words: Sequence[str] | None = None) -> int:
     images.add_argument("--defences", nargs="+", choices=benchmark.DEFENCES, default=["mmac"])
     images.set_defaults(call=_images)
 
-    tables = commands.add_parser("tables", help="write the README's tables from the recorded results")
+    tables = commands.add_parser("tables", help="write the README's tables and picture from the recorded results")
     tables.add_argument("path", nargs="?", type=Path, default=data_dir().parent / "README.md")
-    tables.set_defaults(call=lambda arguments: print("\n".join(benchmark.update_readme(arguments.path))))
+    tables.set_defaults(call=_tables)
     arguments = parser.parse_args(words)
     try:
         arguments.call(arguments)

@@ -431,6 +431,19 @@ def test_the_bound_of_a_channel_is_typed(tuner, clipped):
     assert clipped.bounds["2"][2] == math.inf
 
 
+def test_the_table_is_walked_through_by_row(tuner):
+    channels = [channel.index for channel in tuner.state.channels(tuner._site.value)]
+    tuner._row.value = 2
+    assert tuner._channel.value == channels[1] and not tuner._bound.disabled
+    assert tuner.figure.axes[0].get_title().endswith(f", channel {channels[1]}")
+    tuner._row.value = 0
+    assert tuner._bound.disabled and tuner.figure.axes[0].get_title() == tuner._site.value
+    tuner._channel.index = 3
+    assert tuner._row.value == 3 == tuner._row.max
+    tuner._site.value = next(site for site in tuner._sliders if site != tuner._site.value)
+    assert tuner._row.value == tuner._channel.index == 0
+
+
 def test_moves_that_follow_one_another_are_one_step(tuner):
     for value in (140, 130, 120):
         tuner._sliders["2"].value = value

@@ -91,6 +91,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], card: Mapping[
     part = _temporary(path)
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+        part.chmod(0o644)  # save_file makes a file of its own, readable to its owner only
         text = json.dumps({**card, "sha256": sha256(part)}, indent=2, allow_nan=False)
         part.replace(path)
         write_bytes(path.with_suffix(".json"), (text + "\n").encode())

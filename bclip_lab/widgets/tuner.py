@@ -27,10 +27,11 @@ _BINS = 40
 _LARGEST = 5.0  # multiples of the clean maximum that the histogram of a site shows
 _TITLE, _LABEL, _TICK = 13, 12, 11
 _PAUSE = 1.0  # seconds: moves of one slider that follow one another faster are one step for undo
+_ALL = -1  # in the place of a channel's number: all channels together
 _NBSP = "\N{NO-BREAK SPACE}"
 
 _STYLE = f"""<style>
-.bclip-lab-site {{ font-family: var(--jp-code-font-family, monospace); }}
+.bclip-lab-site .widget-label {{ font-family: var(--jp-code-font-family, monospace); font-size: 12px; }}
 .bclip-lab-channels select {{ font-family: var(--jp-code-font-family, monospace); font-size: 13px; }}
 .bclip-lab-head {{ font-family: var(--jp-code-font-family, monospace); font-size: 13px; white-space: pre;
   padding-left: 6px; line-height: 1.3; }}
@@ -111,22 +112,32 @@ class BoundTuner:
             layout=ipw.Layout(width="auto"),
         )
         self._channel = ipw.Select(
-            options=[("", None)],
+            options=[("", _ALL)],
             rows=11,
             tooltip="Channels of the chosen site, the most abnormal first",
             layout=ipw.Layout(width="auto"),
         )
         self._channel.add_class("bclip-lab-channels")
+        # JupyterLab takes the arrow keys away from a list, but not from a box for numbers
+        self._row = ipw.BoundedIntText(
+            description="row",
+            tooltip="Row of the table, 0 for all channels together; the arrow keys step through it",
+            style={"description_width": "30px"},
+            layout=ipw.Layout(width="110px"),
+        )
         self._bound = ipw.Text(
             description="its bound",
             continuous_update=False,
             placeholder="a number, or: none",
             tooltip="A number; 'none' for no bound; empty: as the slider of the site says",
-            layout=ipw.Layout(width="260px"),
+            style={"description_width": "70px"},
+            layout=ipw.Layout(width="230px"),
         )
         self._all = _slider("all sites together")
         self._sliders = {site: _slider(site) for site in clipped.sites}
-        self._notes = {site: ipw.Label(layout=ipw.Layout(width="92px")) for site in clipped.sites}
+        for slider in self._sliders.values():
+            slider.add_class("bclip-lab-site")
+        self._notes = {site: ipw.Label(layout=ipw.Layout(width="82px")) for site in clipped.sites}
         self._undo, self._redo, self._reset_site, self._reset_all = (
             ipw.Button(description=name, icon=icon, tooltip=tip, layout=ipw.Layout(width="auto"))
             for name, icon, tip in (
@@ -172,35 +183,38 @@ class BoundTuner:
         rows = []
         for site, slider in self._sliders.items():
             ratio = float(state.abnormality[site].max())
-            width = f"width:{70 * ratio / largest:.0f}px"
+            width = f"width:{60 * ratio / largest:.0f}px"
             bar = ipw.HTML(
                 f'<span class="bclip-lab-bar" style="{width}"></span> ×{ratio:.3g}',
-                layout=ipw.Layout(width="130px"),
+                layout=ipw.Layout(width="115px"),
             )
             rows.append(ipw.HBox([slider, self._notes[site], bar]))
-        head = ipw.HTML(
-            '<div style="display:flex"><span style="width:422px">bound in % of each channel’s clean maximum'
-            "</span><span>triggered ÷ clean maximum</span></div>"
+        head = ipw.HBox(
+            [
+                ipw.Label("bound in % of the clean maximum", layout=ipw.Layout(width="392px")),
+                ipw.Label("triggered ÷ clean"),
+            ]
         )
         left = ipw.VBox(
             [head, self._all, ipw.VBox(rows, layout=ipw.Layout(max_height="420px", overflow="hidden auto"))],
-            layout=ipw.Layout(width="580px"),
+            layout=ipw.Layout(width="520px"),
         )
         table_head = ipw.HTML(f'<div class="bclip-lab-head">{_HEAD}</div>')
         right = ipw.VBox(
-            [self._site, table_head, self._channel, self._bound],
-            layout=ipw.Layout(flex="1 1 400px", max_width="520px"),
+            [self._site, table_head, self._channel, ipw.HBox([self._row, self._bound])],
+            layout=ipw.Layout(flex="1 1 390px", max_width="520px"),
         )
         about = ipw.HTML(
+            '<div style="line-height:1.4">'
             f"Measured on {len(state.clean):,} of {state.available:,} clean test images and on "
             f"{len(state.triggered):,} triggered ones. 100 % is a channel’s largest activation on the "
-            f"defender’s {state.defenders:,} clean images; at 150 % there is no bound."
+            f"defender’s {state.defenders:,} clean images; at 150 % there is no bound.</div>"
         )
         return ipw.VBox(
             [
                 ipw.HTML(_STYLE),
                 self._numbers,
-                ipw.HBox([left, right], layout=ipw.Layout(flex_flow="row wrap", grid_gap="0 24px")),
+                ipw.HBox([left, right], layout=ipw.Layout(flex_flow="row wrap", grid_gap="0 20px")),
                 ipw.HBox([self._undo, self._redo, self._reset_site, self._reset_all, self._status]),
                 about,
             ]
@@ -212,6 +226,7 @@ class BoundTuner:
         self._on_value(self._all, self._slide_all)
         self._on_value(self._site, lambda _: self._choose_site())
         self._on_value(self._channel, lambda _: self._choose_channel())
+        self._on_value(self._row, self._choose_row)
         self._on_value(self._bound, self._type)
         self._undo.on_click(lambda _: self._click(self.state.undo))
         self._redo.on_click(lambda _: self._click(self.state.redo))
@@ -241,13 +256,11 @@ class BoundTuner:
             self._changed()
 
     def _type(self, text: str) -> None:
-        channel = self._channel.value
-        if channel is None:
+        if self._chosen is None:
             return
         self._key = None
         try:
-            bound = _parsed(text)
-            self.state.set_bound(self._site.value, channel, bound)
+            self.state.set_bound(self._site.value, self._chosen, _parsed(text))
         except ValueError as error:
             self._sync()
             self._say(str(error), wrong=True)
@@ -258,10 +271,19 @@ class BoundTuner:
         self._list_channels(keep=False)
         self._choose_channel()
 
+    def _choose_row(self, row: int) -> None:
+        self._channel.index = row
+
     def _choose_channel(self) -> None:
         self._sync()
         self._anew = True
         self._later.ask()
+
+    @property
+    def _chosen(self) -> int | None:
+        """The chosen channel; None for all together."""
+        channel = int(self._channel.value)
+        return None if channel == _ALL else channel
 
     def _follows(self, key: object) -> bool:
         """Whether this move goes on with the one before."""
@@ -295,7 +317,7 @@ class BoundTuner:
     def _draw(self) -> None:
         state = self.state
         self._numbers.value = _numbers(state.measured, state.unclipped)
-        self._drawing.draw(self._site.value, self._channel.value, self._anew)
+        self._drawing.draw(self._site.value, self._chosen, self._anew)
         self._anew = False
         self._drawing.picture.update()
         count = len(state.bounded)
@@ -308,14 +330,14 @@ class BoundTuner:
     def _list_channels(self, keep: bool = True) -> None:
         """Fill the table; the chosen channel stays chosen unless the site is another."""
         channels = self.state.channels(self._site.value)
-        options = [("all channels together", None), *((_row(c), c.index) for c in channels)]
-        if tuple(options) == tuple(self._channel.options):
-            return
-        chosen = self._channel.value if keep else None
+        options = (("all channels together", _ALL), *((_row(c), c.index) for c in channels))
+        chosen = self._channel.value if keep else _ALL
         self._quiet = True
         with self._channel.hold_sync():
-            self._channel.options = options
+            if options != tuple(self._channel.options):
+                self._channel.options = options
             self._channel.value = chosen
+        self._row.max = len(channels)
         self._quiet = False
 
     def _sync(self) -> None:
@@ -327,12 +349,12 @@ class BoundTuner:
             self._notes[site].value = _note(scales[site], state.loaded(site), len(state.by_hand(site)))
         if len(set(scales.values())) == 1:
             self._all.value = 100 * next(iter(scales.values()))
-        channel = self._channel.value
-        self._bound.disabled = channel is None
-        if channel is None:
+        self._row.value = self._channel.index
+        self._bound.disabled = self._chosen is None
+        if self._chosen is None:
             self._bound.value = ""
         else:
-            bound = float(state.bounds[self._site.value][channel])
+            bound = float(state.bounds[self._site.value][self._chosen])
             self._bound.value = f"{bound:.6g}" if math.isfinite(bound) else "none"
         self._undo.disabled, self._redo.disabled = not state.can_undo, not state.can_redo
         self._quiet = False
@@ -347,10 +369,9 @@ def _slider(name: str) -> Any:
         readout_format=".0f",
         description=name,
         tooltip=f"{name}: arrow keys, Page Up and Page Down, Home and End move it, too",
-        style={"description_width": "130px"},
-        layout=ipw.Layout(width="340px"),
+        style={"description_width": "136px"},
+        layout=ipw.Layout(width="310px"),
     )
-    slider.add_class("bclip-lab-site")
     return slider
 
 

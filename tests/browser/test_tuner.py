@@ -80,15 +80,18 @@ def test_sliders_numbers_and_picture(open_notebook, lab, tmp_path):
     for _ in range(45):
         page.keyboard.press("ArrowRight")
     expect({site: 0.45 * values for site, values in maxima.items()})
-    # one site: with no bound from the upper end on
+    # one site: a little less, and no bound at the upper end
     slider.focus()
+    for _ in range(15):
+        page.keyboard.press("ArrowLeft")
+    expect({"2": 0.3 * maxima["2"], "4": 0.45 * maxima["4"]})
     page.keyboard.press("End")
     expect({"4": 0.45 * maxima["4"]})
-    # one channel: the table is walked through by keyboard, too, and its first channel is the trigger's
+    # one channel: the table's first, the trigger's, chosen by keyboard, too
     page.get_by_role("button", name="Reset all").click()
     expect({})
-    page.locator(".bclip-lab-channels select").focus()
-    page.keyboard.press("ArrowDown")
+    page.get_by_role("spinbutton", name="row").focus()
+    page.keyboard.press("ArrowUp")
     box = page.get_by_placeholder("a number, or: none")
     notebook.expect("document.querySelector('[placeholder^=\"a number\"]').value", "none")
     box.fill("0.05")

@@ -126,8 +126,8 @@ class RocCurve:
     (0.875, 0.5)
     """
 
-    clean: NDArray[np.float64]
-    triggered: NDArray[np.float64]
+    clean: NDArray[np.float64] = field(repr=False)
+    triggered: NDArray[np.float64] = field(repr=False)
     false_positive_rate: NDArray[np.float64] = field(init=False, repr=False)
     true_positive_rate: NDArray[np.float64] = field(init=False, repr=False)
     thresholds: NDArray[np.float64] = field(init=False, repr=False)

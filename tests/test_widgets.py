@@ -451,10 +451,18 @@ def test_moves_that_follow_one_another_are_one_step(tuner):
     assert tuner.state.scales["2"] == 1.5
 
 
+def test_a_slider_shows_whole_per_cents(tuner):
+    """The page would send others back rounded, and the bounds would change by themselves."""
+    for scale, per_cent in ((0.57, 57), (0.6254, 63), (0.625, 63)):
+        tuner.state.set_scale("2", scale)
+        tuner.refresh()
+        assert tuner._sliders["2"].value == per_cent and tuner.state.scales["2"] == scale
+
+
 def test_load_and_refresh(tuner, clipped):
     tuner.load({"2": torch.tensor([9.0, 9.0, 0.01])})
     assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, Blue()))
-    assert tuner._sliders["2"].value == 100 and tuner._notes["2"].value == "% of loaded"
+    assert tuner._sliders["2"].value == 100 and tuner._notes["2"].value == "% loaded"
     tuner.state.set_scale("4", 0.25)
     tuner.refresh()
     assert tuner._sliders["4"].value == 25

@@ -140,7 +140,7 @@ def cached_tensors(
     A missing, damaged or outdated file is made again. Where the folder cannot be written to, a warning says
     so and the data are given all the same.
     """
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(OSError, ValueError):
         kept = load_tensors(path)
         if kept[1].get("key") == key:
             return kept

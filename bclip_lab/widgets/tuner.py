@@ -31,6 +31,7 @@ _ALL = -1  # in the place of a channel's number: all channels together
 _NBSP = "\N{NO-BREAK SPACE}"
 
 _STYLE = f"""<style>
+.bclip-lab-slider .widget-readout {{ min-width: 40px; max-width: 40px; }}
 .bclip-lab-site .widget-label {{ font-family: var(--jp-code-font-family, monospace); font-size: 12px; }}
 .bclip-lab-channels select {{ font-family: var(--jp-code-font-family, monospace); font-size: 13px; }}
 .bclip-lab-head {{ font-family: var(--jp-code-font-family, monospace); font-size: 13px; white-space: pre;
@@ -137,7 +138,7 @@ class BoundTuner:
         self._sliders = {site: _slider(site) for site in clipped.sites}
         for slider in self._sliders.values():
             slider.add_class("bclip-lab-site")
-        self._notes = {site: ipw.Label(layout=ipw.Layout(width="82px")) for site in clipped.sites}
+        self._notes = {site: ipw.Label(layout=ipw.Layout(width="92px")) for site in clipped.sites}
         self._undo, self._redo, self._reset_site, self._reset_all = (
             ipw.Button(description=name, icon=icon, tooltip=tip, layout=ipw.Layout(width="auto"))
             for name, icon, tip in (
@@ -183,21 +184,21 @@ class BoundTuner:
         rows = []
         for site, slider in self._sliders.items():
             ratio = float(state.abnormality[site].max())
-            width = f"width:{60 * ratio / largest:.0f}px"
+            width = f"width:{50 * ratio / largest:.0f}px"
             bar = ipw.HTML(
                 f'<span class="bclip-lab-bar" style="{width}"></span> ×{ratio:.3g}',
-                layout=ipw.Layout(width="115px"),
+                layout=ipw.Layout(width="105px"),
             )
             rows.append(ipw.HBox([slider, self._notes[site], bar]))
         head = ipw.HBox(
             [
-                ipw.Label("bound in % of the clean maximum", layout=ipw.Layout(width="392px")),
-                ipw.Label("triggered ÷ clean"),
+                ipw.Label("bound in % of the clean maximum", layout=ipw.Layout(width="422px")),
+                ipw.Label("triggered ÷ clean", layout=ipw.Layout(width="115px")),
             ]
         )
         left = ipw.VBox(
             [head, self._all, ipw.VBox(rows, layout=ipw.Layout(max_height="420px", overflow="hidden auto"))],
-            layout=ipw.Layout(width="520px"),
+            layout=ipw.Layout(width="540px"),
         )
         table_head = ipw.HTML(f'<div class="bclip-lab-head">{_HEAD}</div>')
         right = ipw.VBox(
@@ -345,10 +346,10 @@ class BoundTuner:
         state, scales = self.state, self.state.scales
         self._quiet = True
         for site, slider in self._sliders.items():
-            slider.value = 100 * scales[site]
+            slider.value = _per_cent(scales[site])
             self._notes[site].value = _note(scales[site], state.loaded(site), len(state.by_hand(site)))
         if len(set(scales.values())) == 1:
-            self._all.value = 100 * next(iter(scales.values()))
+            self._all.value = _per_cent(next(iter(scales.values())))
         self._row.value = self._channel.index
         self._bound.disabled = self._chosen is None
         if self._chosen is None:
@@ -370,14 +371,20 @@ def _slider(name: str) -> Any:
         description=name,
         tooltip=f"{name}: arrow keys, Page Up and Page Down, Home and End move it, too",
         style={"description_width": "136px"},
-        layout=ipw.Layout(width="310px"),
+        layout=ipw.Layout(width="330px"),
     )
+    slider.add_class("bclip-lab-slider")
     return slider
 
 
+def _per_cent(scale: float) -> float:
+    """A whole number: the page rounds others to the slider's step and sends them back, as if it was moved."""
+    return float(math.floor(100 * scale + 0.5))
+
+
 def _note(scale: float, loaded: bool, by_hand: int) -> str:
-    text = "no bound" if scale >= LIMIT else "% of loaded" if loaded else "%"
-    return text + (f" · {by_hand} ch." if by_hand else "")
+    text = "no bound" if scale >= LIMIT else "% loaded" if loaded else "%"
+    return text + (f" ✎{by_hand}" if by_hand else "")
 
 
 def _parsed(text: str) -> float | None:
@@ -488,9 +495,9 @@ class _Drawing:
             ax.stairs(heights[1], edges, fill=True, **hatched),
         ]
         ax.set_xlim(left, right)
-        ax.set_ylim(0, 1.35 * max(float(h.max()) for h in heights))
+        ax.set_ylim(0, 1.5 * max(float(h.max()) for h in heights))
         names = f"clean ({len(clean):,})", f"triggered ({len(triggered):,})"
-        ax.legend(self._bars, names, fontsize=_TICK, loc="upper right")
+        ax.legend(self._bars, names, fontsize=_TICK, loc="upper right", bbox_to_anchor=(1, 0.91))
         _label(ax, title, f"largest activation of each image, without bounds{unit}", "share of images")
 
     def _move_bound(self, site: str, channel: int | None) -> None:
@@ -505,7 +512,9 @@ class _Drawing:
         text = f"{low:.0%}" if channel is None else f"{low:.3g}"
         if high > 1.001 * low:
             text += f" to {high:.0%}"
-        self._name.set(x=low, text=f" bound {text}")
+        left, right = self.activations.get_xlim()
+        side = "left" if low < (left + right) / 2 else "right"
+        self._name.set(x=low, text=f" bound {text} ", horizontalalignment=side)
 
     def _lay_out_margins(self) -> None:
         ax = self.margins

@@ -77,14 +77,15 @@ def test_sliders_numbers_and_picture(open_notebook, lab, tmp_path):
     everything.focus()
     page.keyboard.press("Home")
     expect({site: 0.0 for site in maxima})
-    for _ in range(45):
-        page.keyboard.press("ArrowRight")
+    for _ in range(9):
+        page.keyboard.press("PageUp")  # five steps
     expect({site: 0.45 * values for site, values in maxima.items()})
     # one site: a little less, and no bound at the upper end
     slider.focus()
-    for _ in range(15):
-        page.keyboard.press("ArrowLeft")
-    expect({"2": 0.3 * maxima["2"], "4": 0.45 * maxima["4"]})
+    for _ in range(3):
+        page.keyboard.press("PageDown")
+    page.keyboard.press("ArrowLeft")
+    expect({"2": 0.29 * maxima["2"], "4": 0.45 * maxima["4"]})
     page.keyboard.press("End")
     expect({"4": 0.45 * maxima["4"]})
     # one channel: the table's first, the trigger's, chosen by keyboard, too

@@ -44,24 +44,24 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     clean = zoo.load("clean-0").model
-    for name in arguments.names or zoo.list():
-        for training_seed in zoo.RECIPES[name].seeds:
-            checkpoint = zoo.load(name, seed=training_seed)
-            splits = checkpoint.splits()
-            shipped = training_seed == zoo.RECIPES[name].seeds[0]
-            if shipped:
-                verdict = benchmark.judge_model(checkpoint.model, splits.defender)
-                benchmark.write(verdict, "mm-bd", f"{name}-{training_seed}")
-            for defence in arguments.defences:
-                # several seeds of the fit on a shipped checkpoint, one on each further training seed; the published
-                # schedule takes minutes, and MM-BM is deterministic but for the order of the images: one seed
-                several = shipped and defence == "mmac"
-                for seed in FIT_SEEDS if several else FIT_SEEDS[:1] if shipped or defence == "mmac" else ():
-                    label = f"{name}-{training_seed}-fit-{seed}"
-                    steps = benchmark.measure(checkpoint.model, splits, checkpoint.attack, defence, seed, clean)
-                    row = run(_show(steps, f"{defence} {label}"))
-                    benchmark.write(row, defence, label)
-                    print(defence, label, _line(row))
+    jobs = [(name, seed) for name in arguments.names or zoo.list() for seed in zoo.RECIPES[name].seeds]
+    shipped_first = sorted(jobs, key=lambda job: job[1] != zoo.RECIPES[job[0]].seeds[0])
+    for name, training_seed in shipped_first:
+        checkpoint = zoo.load(name, seed=training_seed)
+        splits = checkpoint.splits()
+        shipped = training_seed == zoo.RECIPES[name].seeds[0]
+        if shipped:
+            verdict = benchmark.judge_model(checkpoint.model, splits.defender)
+            benchmark.write(verdict, "mm-bd", f"{name}-{training_seed}")
+        for defence in arguments.defences:
+            # several seeds of the default on a shipped checkpoint, one on each further training seed; of the others one
+            several = shipped and defence == "mmac"
+            for seed in FIT_SEEDS if several else FIT_SEEDS[:1] if shipped or defence == "mmac" else ():
+                label = f"{name}-{training_seed}-fit-{seed}"
+                steps = benchmark.measure(checkpoint.model, splits, checkpoint.attack, defence, seed, clean)
+                row = run(_show(steps, f"{defence} {label}"))
+                benchmark.write(row, defence, label)
+                print(defence, label, _line(row), flush=True)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -457,6 +457,9 @@ def test_a_slider_shows_whole_per_cents(tuner):
         tuner.state.set_scale("2", scale)
         tuner.refresh()
         assert tuner._sliders["2"].value == per_cent and tuner.state.scales["2"] == scale
+    tuner._sliders["2"].value = 108.99999999999999  # as the page computes it
+    assert tuner._sliders["2"].value == 108.99999999999999  # not set back while it is moved
+    assert tuner.state.scales["2"] == 1.09
 
 
 def test_load_and_refresh(tuner, clipped):

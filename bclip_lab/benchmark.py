@@ -224,10 +224,12 @@ def tables() -> dict[str, str]:
                 trained.append(_defended(name, others))
         made[defence] = _grid(_HEADER, shipped)
         made[f"{defence}-training-seeds"] = _grid(_HEADER, trained)
-    made["mm-bd"] = _grid(
-        ("model", "margin of the largest class", "the other classes", "p", "verdict"),
-        [_verdict(name, read("mm-bd", f"{name}-{recipe.seeds[0]}")) for name, recipe in zoo.RECIPES.items()],
-    )
+    verdicts = [
+        _verdict(name, row)
+        for name, recipe in zoo.RECIPES.items()
+        for row in found("mm-bd", f"{name}-{recipe.seeds[0]}")
+    ]
+    made["mm-bd"] = _grid(("model", "margin of the largest class", "the other classes", "p", "verdict"), verdicts)
     for images in ("cifar10",):
         rows = []
         for attack in ("patch", "blended"):

@@ -57,9 +57,7 @@ def test_the_hinge_bounds_what_no_clean_image_needs() -> None:
     # Clean margins are 3; an adversary's image reaches 10. The bound must fall to what the clean images use.
     model = TwoPixels()
     clipped = ClippedModel(model)
-    config = MMACConfig(
-        epochs=60, shift=0, perturbation=0, floor_step=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60)
-    )
+    config = MMACConfig(epochs=60, shift=0, perturbation=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60))
     run(mmac(clipped, two_pixels(), config))
     (bound,) = clipped.bounds.values()
     assert torch.allclose(bound, torch.tensor([3.0, 3.0]), atol=0.3)
@@ -75,7 +73,7 @@ def test_floors_fall_while_the_clean_images_keep_their_accuracy() -> None:
     assert taus[5] == pytest.approx(taus[4] - 0.25)
     assert taus[14:] == [taus[14]] * 6  # the last epochs settle
     # accuracy can never be above 1: the floors stay where they began
-    high = MMACConfig(epochs=12, shift=0, perturbation=0, accuracy_target=1.0, synthetic=QUICK)
+    high = MMACConfig(epochs=12, shift=0, perturbation=0, floor_step=0.5, accuracy_target=1.0, synthetic=QUICK)
     assert len({step.tau for step in mmac(ClippedModel(TwoPixels()), two_pixels(), high)}) == 1
 
 

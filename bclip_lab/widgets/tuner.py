@@ -241,14 +241,14 @@ class BoundTuner:
 
         control.observe(changed, names="value")
 
-    def _slide(self, site: str, per_cent: float) -> None:
-        self.state.set_scale(site, round(per_cent) / 100, merge=self._follows(site))
+    def _slide(self, site: str, per_cent: int) -> None:
+        self.state.set_scale(site, per_cent / 100, merge=self._follows(site))
         if self._site.value != site:
             self._site.value = site  # which draws anew
         self._changed()
 
-    def _slide_all(self, per_cent: float) -> None:
-        self.state.scale_all(round(per_cent) / 100, merge=self._follows("all"))
+    def _slide_all(self, per_cent: int) -> None:
+        self.state.scale_all(per_cent / 100, merge=self._follows("all"))
         self._changed()
 
     def _click(self, act: Callable[[], object]) -> None:
@@ -346,10 +346,10 @@ class BoundTuner:
         state, scales = self.state, self.state.scales
         self._quiet = True
         for site, slider in self._sliders.items():
-            _place(slider, scales[site])
+            slider.value = _per_cent(scales[site])
             self._notes[site].value = _note(scales[site], state.loaded(site), len(state.by_hand(site)))
         if len(set(scales.values())) == 1:
-            _place(self._all, next(iter(scales.values())))
+            self._all.value = _per_cent(next(iter(scales.values())))
         self._row.value = self._channel.index
         self._bound.disabled = self._chosen is None
         if self._chosen is None:
@@ -362,12 +362,11 @@ class BoundTuner:
 
 
 def _slider(name: str) -> Any:
-    slider = ipw.FloatSlider(
-        value=100 * LIMIT,
+    # whole numbers: the page rounds others that it is given and sends them back, as if the slider was moved
+    slider = ipw.IntSlider(
+        value=_per_cent(LIMIT),
         min=0,
-        max=100 * LIMIT,
-        step=1,
-        readout_format=".0f",
+        max=_per_cent(LIMIT),
         description=name,
         tooltip=f"{name}: arrow keys, Page Up and Page Down, Home and End move it, too",
         style={"description_width": "136px"},
@@ -377,15 +376,8 @@ def _slider(name: str) -> Any:
     return slider
 
 
-def _place(slider: Any, scale: float) -> None:
-    """Set a slider to a whole number of per cent, unless it is there but for the rounding.
-
-    The page would round another number to the slider's step and send it back as if the slider was moved; and a
-    slider that is set while it is moved jumps back, as moves are under way already.
-    """
-    per_cent = math.floor(100 * scale + 0.5)
-    if per_cent != math.floor(slider.value + 0.5):
-        slider.value = per_cent
+def _per_cent(scale: float) -> int:
+    return math.floor(100 * scale + 0.5)
 
 
 def _note(scale: float, loaded: bool, by_hand: int) -> str:

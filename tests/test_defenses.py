@@ -57,7 +57,9 @@ def test_the_hinge_bounds_what_no_clean_image_needs() -> None:
     # Clean margins are 3; an adversary's image reaches 10. The bound must fall to what the clean images use.
     model = TwoPixels()
     clipped = ClippedModel(model)
-    config = MMACConfig(epochs=60, shift=0, perturbation=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60))
+    config = MMACConfig(
+        epochs=60, shift=0, perturbation=0, floor_step=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60)
+    )
     run(mmac(clipped, two_pixels(), config))
     (bound,) = clipped.bounds.values()
     assert torch.allclose(bound, torch.tensor([3.0, 3.0]), atol=0.3)

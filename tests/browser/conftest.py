@@ -31,7 +31,11 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SECONDS = 60  # for what takes a moment only, on a machine that has others to serve
+STATE = """(() => {
+    const panel = window.jupyterapp?.shell.currentWidget;
+    return panel?.context?.isReady ? panel.sessionContext.session?.kernel?.status ?? "no kernel" : "not open";
+})()"""
+SECONDS = 180
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,7 @@ class Notebook:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.set_default_timeout(1000 * SECONDS)
         page.goto(f"{lab.url}/lab/tree/{name}?reset")
-        page.wait_for_function(
-            """() => {
-                const panel = window.jupyterapp?.shell.currentWidget;
-                return panel?.context?.isReady && panel.sessionContext.session?.kernel?.status === "idle";
-            }"""
-        )
+        self.expect(STATE, "idle")
 
     def run(self) -> None:
         """Run all cells."""

@@ -95,7 +95,8 @@ def wait_for_server(url: str, process: subprocess.Popen[bytes], log: Path) -> No
     pytest.fail(f"JupyterLab did not start:\n{log.read_text()}")
 
 
-@pytest.fixture(scope="session")
+# not for the whole session: while Playwright runs, its event loop counts as running in every other test
+@pytest.fixture(scope="module")
 def browser(chromium: Path) -> Iterator[Browser]:
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=chromium, headless=True, args=FLAGS)

@@ -187,7 +187,7 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       logit an epoch instead of half of one .009, .29 and .009, .001. With 97.5 % instead of 98.5 % the first
       blended one .011, .003, all-to-all .004, .018, a clean network .006: nothing gained, accuracy lost.
     * *The zoo does not bear this out for every attack.* Its blended network keeps most of its ASR under the present
-      rule (.52 to .85), under kappa = 0 (.55 to .59, two fits) and under 97.5 % (.73, at ACC .977); one-to-one keeps .87 to
+      rule (.52 to .85), under kappa = 0 (.55, .59) and under 97.5 % (.73, at ACC .977); one-to-one keeps .87 to
       .96, all-to-all .09 to .13. These are reported as they are; the rule was not changed for them.
     * *The accuracy on the images of the fit flatters.* It stays above .985 on CIFAR-10 while test accuracy falls by
       .06 (patch; ASR .05). A clean network of the zoo loses .019, and as much with kappa = 0, with or without

@@ -114,7 +114,7 @@ class Notebook:
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.set_default_timeout(1000 * SECONDS)
-        page.goto(f"{lab.url}/lab/tree/{name}?reset")
+        page.goto(f"{lab.url}/lab/workspaces/{Path(name).stem}/tree/{name}")  # no tab of another test
         self.expect(STATE, "idle")
 
     def run(self) -> None:

@@ -58,7 +58,7 @@ def test_the_hinge_bounds_what_no_clean_image_needs() -> None:
     model = TwoPixels()
     clipped = ClippedModel(model)
     config = MMACConfig(
-        epochs=60, shift=0, perturbation=0, floor_step=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60)
+        epochs=60, shift=0, perturbation=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60)
     )
     run(mmac(clipped, two_pixels(), config))
     (bound,) = clipped.bounds.values()
@@ -68,15 +68,26 @@ def test_the_hinge_bounds_what_no_clean_image_needs() -> None:
     assert classification_margins(logits(clipped, bright), bright.labels).max() < 3.5
 
 
-def test_floors_fall_while_the_clean_images_keep_their_accuracy() -> None:
-    config = MMACConfig(epochs=20, shift=0, perturbation=0, floor_from=5, floor_step=0.25, synthetic=QUICK)
-    taus = [step.tau for step in mmac(ClippedModel(TwoPixels()), two_pixels(), config)]
-    assert taus[:5] == [taus[0]] * 5  # nothing is lowered before
-    assert taus[5] == pytest.approx(taus[4] - 0.25)
-    assert taus[14:] == [taus[14]] * 6  # the last epochs settle
-    # accuracy can never be above 1: the floors stay where they began
-    high = MMACConfig(epochs=12, shift=0, perturbation=0, floor_step=0.5, accuracy_target=1.0, synthetic=QUICK)
-    assert len({step.tau for step in mmac(ClippedModel(TwoPixels()), two_pixels(), high)}) == 1
+def test_bounds_start_at_a_share_of_what_is_usual() -> None:
+    data = two_pixels(41)  # 21 images light the first pixel, 20 the second: the medians are 3 and 0
+    clipped = ClippedModel(TwoPixels())
+    clipped.set_bounds({"relu": 0.1})  # what was there before must not be measured through
+    fit = BoundFit(clipped, data, start=0.5, relative_start=True, learning_rate=0.1)
+    assert fit.bounds["relu"].tolist() == pytest.approx([1.5, 0.0])
+    assert BoundFit(clipped, data, start=0.5, learning_rate=0.1).bounds["relu"].tolist() == [0.5, 0.5]
+
+
+def test_perturbed_images_are_learned_too(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
+    delta = maximum_margin_perturbations(model, data.images[:8], 4, limit=0.3)
+    accuracy = {}
+    for limit in (0.0, 0.3):
+        clipped = ClippedModel(model)
+        run(mmac(clipped, data, MMACConfig(epochs=15, batch_size=20, shift=0, perturbation=limit, synthetic=QUICK)))
+        moved = [(data.images + delta[target]).clamp(0, 1) for target in range(4)]
+        right = [logits(clipped, images).argmax(1) == data.labels for images in moved]
+        accuracy[limit] = float(torch.cat(right).float().mean())
+    assert accuracy[0.3] > accuracy[0.0] + 0.02
 
 
 def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> None:
@@ -85,7 +96,7 @@ def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> Non
     for name, weight in (("small", 0.0005), ("large", 0.02)):
         clipped = ClippedModel(TwoPixels())
         config = MMACConfig(
-            objective="margin", weight=weight, epochs=60, shift=0, synthetic=MaximumMarginConfig(steps=60)
+            objective="margin", weight=weight, epochs=60, synthetic=MaximumMarginConfig(steps=60)
         )
         results[name] = run(mmac(clipped, data, config))
     assert results["large"].margin < results["small"].margin
@@ -95,7 +106,7 @@ def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> Non
 
 def test_lambda_follows_the_accuracy_every_ten_epochs() -> None:
     config = MMACConfig(
-        objective="margin", epochs=41, weight=0.001, shift=0, weight_from=20, weight_every=10, synthetic=QUICK
+        objective="margin", epochs=41, weight=0.001, weight_from=20, weight_every=10, synthetic=QUICK
     )
     steps = list(mmac(ClippedModel(TwoPixels()), two_pixels(), config))
     for before, after in pairwise(steps):
@@ -106,7 +117,8 @@ def test_lambda_follows_the_accuracy_every_ten_epochs() -> None:
 
 def test_published_settings_are_the_authors() -> None:
     config = MMACConfig.published()
-    assert (config.epochs, config.batch_size, config.learning_rate, config.start) == (300, 200, 0.1, 1.0)
+    assert (config.epochs, config.batch_size, config.learning_rate) == (300, 200, 0.1)
+    assert (config.start, config.relative_start) == (1.0, False)
     assert (config.weight, config.accuracy_target, config.weight_from, config.weight_every) == (0.002, 0.95, 30, 10)
     assert (config.weight_factor, config.remake_every, config.shift, config.perturbation) == (1.2, 100, 0, 0)
     made = config.synthetic

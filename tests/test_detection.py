@@ -51,7 +51,7 @@ HALF = [0.5, torch.inf, torch.inf]
 
 
 def test_scores_by_hand() -> None:
-    detector = MMDF(clipped_pixels(HALF))
+    detector = MMDF(clipped_pixels(HALF), scale=1.0).fit(CLEAN)
     images = pixels((0.9, 0.2, 0.1), (0.9, 0.8, 0.1), (0.4, 0.2, 0.1), (0.6, 0.7, 0.1), (0.2, 0.1, 0.9))
     # margins of the original's class 0.7, 0.1, 0.2, 0.1, 0.7; clipped 0.3, -0.3, 0.2, 0.2, 0.7
     expected = torch.tensor([0.4, 0.4, 0.0, -0.1, 0.0])
@@ -61,18 +61,33 @@ def test_scores_by_hand() -> None:
     torch.testing.assert_close(detector.score(bytes_), expected, atol=0.01, rtol=0)
 
 
-def test_the_gaussian_threshold_by_hand() -> None:
+def test_the_scale_by_hand() -> None:
+    # margins 0.5, 0.6, 0.7, clipped 0.4 each: a = (0.5 + 0.6 + 0.7) 0.4 / (0.25 + 0.36 + 0.49)
     detector = MMDF(clipped_pixels(HALF)).fit(CLEAN)
+    assert detector.scale_ == pytest.approx(0.72 / 1.1)
+    expected = [margin - 0.4 * 1.1 / 0.72 for margin in (0.5, 0.6, 0.7)]
+    assert detector.scores_.tolist() == pytest.approx(expected, abs=1e-6)
+    assert detector.score(CLEAN).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_bounds_that_leave_no_margin_leave_the_scale_at_one() -> None:
+    detector = MMDF(clipped_pixels([0.0, 0.0, 0.0])).fit(CLEAN)
+    assert detector.scale_ == 1.0
+    assert detector.scores_.tolist() == pytest.approx([0.5, 0.6, 0.7], abs=1e-6)
+
+
+def test_the_gaussian_threshold_by_hand() -> None:
+    detector = MMDF(clipped_pixels(HALF), scale=1.0).fit(CLEAN)
     assert detector.scores_.tolist() == pytest.approx([0.1, 0.2, 0.3], abs=1e-6)
     # mean 0.2, standard deviation of a sample (n - 1) 0.1, z = 2.576
     assert detector.threshold_ == pytest.approx(0.2 + 2.5758 * 0.1, abs=1e-5)
     assert detector.threshold(0.05) == pytest.approx(0.2 + 1.6449 * 0.1, abs=1e-5)
-    assert MMDF(clipped_pixels(HALF), fpr=0.05).fit(CLEAN).threshold_ == detector.threshold(0.05)
+    assert MMDF(clipped_pixels(HALF), scale=1.0, fpr=0.05).fit(CLEAN).threshold_ == detector.threshold(0.05)
 
 
 def test_the_empirical_threshold_by_hand() -> None:
     images = labelled(pixels(*((0.5 + k / 10, 0.0, 0.0) for k in (3, 1, 5, 2, 4))))
-    detector = MMDF(clipped_pixels(HALF), null="empirical", fpr=0.25).fit(images)
+    detector = MMDF(clipped_pixels(HALF), scale=1.0, null="empirical", fpr=0.25).fit(images)
     ordered = np.sort(detector.scores_)
     assert detector.threshold_ == ordered[3] == pytest.approx(0.4, abs=1e-6)
     assert detector.threshold(0.3) == ordered[3]  # between the third and the fourth the higher one
@@ -87,7 +102,7 @@ def test_the_empirical_threshold_by_hand() -> None:
     fpr=st.floats(0.001, 0.499),
 )
 def test_the_empirical_threshold_keeps_its_rate_on_the_clean_scores(scores: list[int], fpr: float) -> None:
-    detector = MMDF(clipped_pixels(HALF), null="empirical").fit(CLEAN)
+    detector = MMDF(clipped_pixels(HALF), scale=1.0, null="empirical").fit(CLEAN)
     detector.scores_ = np.array(scores, float)
     assert (detector.scores_ > detector.threshold(fpr)).mean() <= fpr + 1e-9
     assert detector.threshold(fpr) in scores
@@ -98,14 +113,14 @@ def test_the_empirical_threshold_keeps_its_rate_on_the_clean_scores(scores: list
 def test_without_bounds_every_score_is_zero_and_nothing_is_detected(null: str) -> None:
     images = torch.rand((9, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     detector = MMDF(ClippedModel(resnet(3, seed=0, width=2, blocks=(1, 1))), null=null)
-    assert detector.score(images).tolist() == [0.0] * 9
     detector.fit(labelled(images))
-    assert detector.threshold_ == 0.0
+    assert (detector.scale_, detector.threshold_) == (1.0, 0.0)
+    assert detector.score(images).tolist() == [0.0] * 9
     assert not detector.detect(images).any()
 
 
 def test_decisions_by_hand() -> None:
-    detector = MMDF(clipped_pixels(HALF)).fit(CLEAN)
+    detector = MMDF(clipped_pixels(HALF), scale=1.0).fit(CLEAN)
     detector.threshold_ = 0.25
     images = pixels((0.9, 0.2, 0.1), (0.9, 0.1, 0.8), (0.6, 0.1, 0.0), (0.6, 0.55, 0.0))
     decisions = detector.decide(images)
@@ -122,7 +137,7 @@ def test_decisions_by_hand() -> None:
 
 
 def test_a_score_at_the_threshold_is_not_detected() -> None:
-    detector = MMDF(clipped_pixels(HALF)).fit(CLEAN)
+    detector = MMDF(clipped_pixels(HALF), scale=1.0).fit(CLEAN)
     detector.threshold_ = float(detector.score(CLEAN)[1])
     assert detector.detect(CLEAN).tolist() == [False, False, True]
 
@@ -156,8 +171,8 @@ def test_fit_takes_no_labels_and_gives_the_detector_back() -> None:
 
 
 def test_before_fit_there_is_no_threshold() -> None:
-    detector = MMDF(clipped_pixels(HALF))
-    for call in (detector.detect, detector.correct, detector.decide):
+    detector = MMDF(clipped_pixels(HALF), scale=1.0)
+    for call in (detector.score, detector.detect, detector.correct, detector.decide):
         with pytest.raises(ValueError, match="call fit with clean images first"):
             call(CLEAN)
     with pytest.raises(ValueError, match="call fit with clean images first"):
@@ -178,8 +193,11 @@ def test_mmdf_refuses_wrong_arguments() -> None:
             fitted.threshold(fpr)
     with pytest.raises(ValueError, match="clean must hold at least two images, got 1"):
         MMDF(clipped).fit(CLEAN[:1])
-    with pytest.raises(ValueError, match="images is empty"):
+    with pytest.raises(ValueError, match="clean must hold at least two images, got 0"):
         MMDF(clipped).fit(CLEAN[:0])
+    for scale in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="scale must be positive"):
+            MMDF(clipped, scale=scale)
     with pytest.raises(ValueError, match="images must have shape"):
         fitted.detect(CLEAN.images[0])
 

@@ -13,7 +13,6 @@ from torch.fx.experimental.optimization import fuse
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, to_float
 from bclip_lab.models import bfloat16_is_fast, device_of, evaluating, logits
-from bclip_lab.training import augment
 
 __all__ = ["BoundFit"]
 
@@ -40,6 +39,9 @@ class BoundFit:
     to the clipped model, through `write`. Of `clean` only the images are used which the original decides
     correctly (as in the authors' code).
 
+    Every bound of `sites` (all by default) begins at `start`; with `relative_start` at `start` times what is usual
+    for its channel, the median over the images of the largest activation in an image.
+
     `images` float32 (M, C, H, W), `labels` int64 (M,) and `targets` float32 (M, K), the original's logits, are on
     the model's device.
     """
@@ -51,6 +53,7 @@ class BoundFit:
         *,
         start: float,
         learning_rate: float,
+        relative_start: bool = False,
         sites: Iterable[str] | None = None,
     ) -> None:
         if not isinstance(clipped, ClippedModel):
@@ -74,19 +77,21 @@ class BoundFit:
         )
         fitted = clipped.sites if sites is None else tuple(sites)
         clipped.set_bounds(dict.fromkeys(clipped.sites, math.inf) | dict.fromkeys(fitted, start))
+        if relative_start:
+            clipped.reset()
+            usual = clipped.activations(self.images, quantiles=(0.5,)).quantile
+            clipped.set_bounds({site: (start * usual[site][0]).clamp(min=0) for site in fitted})
         network, bounds = clipped.differentiable()
         self.bounds = {site: bounds[site] for site in fitted}
         self.network = _fold(network, bounds.values(), self.images[:8])
         self.optimiser = torch.optim.Adam(list(self.bounds.values()), lr=learning_rate)
 
-    def batch(self, rows: Tensor, shift: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Clean images, moved by up to `shift` pixels, and the original's logits for them."""
-        if not shift:
-            return self.images[rows], self.targets[rows]
-        moved = augment(self.images[rows], shift=shift, flip=False, generator=generator)
+    def originals(self, images: Tensor) -> Tensor:
+        """float32 logits of the original for images on its device, without a gradient; precise as in `logits`."""
         original = self.clipped.original
         with torch.no_grad(), evaluating(original), self._autocast():
-            return moved, original(moved).float()
+            out: Tensor = original(images)
+        return out.float()
 
     def logits(self, images: Tensor) -> Tensor:
         """float32 logits of the clipped network, differentiable by the bounds.

@@ -19,6 +19,7 @@ from bclip_lab.margins import (
     maximum_margin_images,
     maximum_margin_perturbations,
 )
+from bclip_lab.training import augment
 
 __all__ = ["MMACConfig", "MMACStep", "mmac"]
 
@@ -37,32 +38,31 @@ class MMACConfig:
         Clean images in a step.
     learning_rate
         Of Adam on the bounds; with the hinge it falls to zero along a cosine.
-    start
-        Every bound's first value. Low on purpose: bounds grow only where clean images need them.
+    start, relative_start
+        Every bound's first value: a multiple of what is usual for its channel (the median over the clean images of
+        the largest activation in an image), or, as published, one number for all. Low on purpose: bounds grow only
+        where clean images need them.
     weight
         lambda. Of the *mean* over synthetic images with the hinge, of the *sum* over a batch of them as published.
     tau_quantile
-        Hinge only: tau is this quantile of the clean images' own margins. `mmac` tells how it was chosen.
+        Hinge only: tau is this quantile of the clean images' own margins.
     perturbation
         Hinge only: largest change of a pixel by the perturbations common to all images, in units of the image's
-        range [0, 1]; 0 leaves them out. 8/255 is the usual L-infinity budget of the robustness literature
-        (Madry et al., arXiv 1706.06083).
+        range [0, 1]; 0 leaves them out.
+    shift
+        Hinge only: clean images are moved by up to so many pixels in either direction, their edges repeated: more
+        clean images for nothing. 0 leaves them.
     accuracy_target
-        What the accuracy on the clean images of the fit may fall to. Hinge: after every epoch from `floor_from` to
-        70 % of the epochs, both floors are lowered by `floor_step` where the accuracy is above it, and raised
-        elsewhere, up to where they began. Published: from epoch `weight_from` on, every `weight_every` epochs, lambda
+        What the accuracy on the clean images of the fit may fall to. Hinge: from epoch `perturbation_from` on the
+        perturbations are made fainter by a fifth after every epoch in which it is not above, and stronger again, up
+        to where they began, where it is. Published: from epoch `weight_from` on, every `weight_every` epochs, lambda
         is multiplied by `weight_factor` where it is above, and divided elsewhere.
-    floor_from, floor_step
-        See `accuracy_target`; the step is in units of logits.
-    weight_from, weight_every, weight_factor
+    perturbation_from, weight_from, weight_every, weight_factor
         See `accuracy_target`.
     synthetic
         How the synthetic images are sought.
     remake_every
         Epochs after which the synthetic images are made anew, from other noise; None keeps the first ones.
-    shift
-        Clean images are moved by up to so many pixels in either direction, their edges repeated, and the
-        original's logits for the moved image are the target: more clean images for nothing. 0 leaves them.
     seed
         Of noise and order.
     """
@@ -71,19 +71,19 @@ class MMACConfig:
     epochs: int = 25
     batch_size: int = 100
     learning_rate: float = 0.1
-    start: float = 1.0
+    start: float = 0.4
+    relative_start: bool = True
     weight: float = 1.0
-    tau_quantile: float = 0.1
-    perturbation: float = 8 / 255
-    accuracy_target: float = 0.985
-    floor_from: int = 5
-    floor_step: float = 0.5
+    tau_quantile: float = 0.9
+    perturbation: float = 12 / 255
+    perturbation_from: int = 5
+    shift: int = 2
+    accuracy_target: float = 0.98
     weight_from: int = 30
     weight_every: int = 10
     weight_factor: float = 1.2
     synthetic: MaximumMarginConfig = field(default_factory=MaximumMarginConfig)
     remake_every: int | None = None
-    shift: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,15 +108,17 @@ class MMACConfig:
     def published(cls, *, epochs: int = 300, seed: int = 0) -> MMACConfig:
         """The authors' schedule (arXiv 2308.04617, section 3.1 and the authors' code).
 
-        300 epochs, lambda = 0.002 on the sum over a batch of 200, adapted after epoch 30 to hold 95 % accuracy on
+        300 epochs, bounds from 1.0, lambda = 0.002 on the sum over a batch of 200, adapted after epoch 30 to hold 95 % accuracy on
         the clean images; 50 synthetic images a class by 300 plain gradient steps, made anew every 100 epochs.
         """
         return cls(
             objective="margin",
             epochs=epochs,
+            start=1.0,
+            relative_start=False,
             weight=0.002,
-            perturbation=0.0,
             accuracy_target=0.95,
+            perturbation=0.0,
             synthetic=MaximumMarginConfig.published(),
             remake_every=100,
             shift=0,
@@ -129,10 +131,11 @@ class MMACConfig:
 class MMACStep:
     """Progress after one epoch.
 
-    `clean_error`: mean squared error between clipped and original logits on clean images; `margin`: mean margin
-    of the synthetic images on the clipped network; `accuracy`: of the clipped network on the clean images of the
-    fit; `weight`: lambda; `tau`: what the margin may reach (`nan` for the published objective, which has no
-    floor). `model` is the clipped model with the bounds so far.
+    `clean_error`: the objective's first term, mean over the epoch (cross-entropy with the hinge, mean squared error
+    of the logits as published); `margin`: mean margin of the synthetic images on the clipped network; `accuracy`: of
+    the clipped network on the clean images of the fit; `weight`: lambda; `tau`: what the margin may reach;
+    `perturbation`: largest change of a pixel by the perturbations in this epoch (both `nan` where the objective
+    has none). `model` is the clipped model with the bounds so far.
     """
 
     epoch: int
@@ -142,6 +145,7 @@ class MMACStep:
     accuracy: float
     weight: float
     tau: float
+    perturbation: float
     model: ClippedModel = field(repr=False)
 
 
@@ -230,7 +234,13 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
     (2, True)
     """
     config = config or MMACConfig()
-    fit = BoundFit(clipped, clean, start=config.start, learning_rate=config.learning_rate)
+    fit = BoundFit(
+        clipped,
+        clean,
+        start=config.start,
+        learning_rate=config.learning_rate,
+        relative_start=config.relative_start,
+    )
     generator = torch.Generator().manual_seed(config.seed)
     classes = fit.targets.shape[1]
     tau = delta = synthetic = None
@@ -239,7 +249,7 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
         if config.perturbation:
             some = torch.randperm(len(fit.images), generator=generator)[: 2 * classes]
             delta = maximum_margin_perturbations(clipped.original, fit.images[some], classes, limit=config.perturbation)
-    weight, lowered = config.weight, 0.0
+    weight, share = config.weight, 1.0
     steps = math.ceil(len(fit.images) / config.batch_size)
     try:
         for epoch in range(config.epochs):
@@ -250,27 +260,29 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
             order = torch.randperm(len(fit.images), generator=generator).chunk(steps)
             others = torch.randperm(len(images), generator=generator)
             for step, rows in enumerate(order):
-                if tau is not None:
-                    done = (epoch + step / steps) / config.epochs
-                    fit.optimiser.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * done)) / 2
                 made = others[step::steps]
-                clean_batch, targets_batch = fit.batch(rows, config.shift, generator)
-                parts = [clean_batch, images[made]]
-                if delta is not None:
-                    # half of the batch, each image moved towards a random class other than its own
-                    moved = fit.labels[rows][::2]
-                    away = torch.randint(1, classes, (len(moved),), generator=generator).to(moved.device)
-                    towards = (moved + away) % classes
-                    parts.append((clean_batch[::2] + delta[towards]).clamp(0, 1))
-                out = fit.logits(torch.cat(parts)).split([len(part) for part in parts])
-                clean_error = F.mse_loss(out[0], targets_batch)
-                margins = classification_margins(out[1], targets[made])
                 if tau is None:
+                    out = fit.logits(torch.cat([fit.images[rows], images[made]])).tensor_split([len(rows)])
+                    clean_error = F.mse_loss(out[0], fit.targets[rows])
+                    margins = classification_margins(out[1], targets[made])
                     loss = clean_error + weight * margins.sum()
                 else:
-                    loss = clean_error + weight * F.relu(margins - tau + lowered).mean()
+                    done = (epoch + step / steps) / config.epochs
+                    fit.optimiser.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+                    batch = augment(fit.images[rows], shift=config.shift, flip=False, generator=generator)
+                    keep = fit.originals(batch).softmax(1)
+                    parts = [images[made], batch]
                     if delta is not None:
-                        loss = loss + weight * F.relu(classification_margins(out[2], towards) + lowered).mean()
+                        # half of the batch, each image moved towards a random class other than its own
+                        labels = fit.labels[rows][::2]
+                        away = torch.randint(1, classes, labels.shape, generator=generator).to(labels.device)
+                        parts.append((batch[::2] + share * delta[(labels + away) % classes]).clamp(0, 1))
+                    out = fit.logits(torch.cat(parts)).split([len(part) for part in parts])
+                    margins = classification_margins(out[0], targets[made])
+                    clean_error = F.cross_entropy(out[1], keep)
+                    loss = clean_error + weight * F.relu(margins - tau).mean()
+                    if delta is not None:
+                        loss = loss + F.cross_entropy(out[2], keep[::2])
                 fit.step(loss)
                 error += float(clean_error.detach()) / steps
                 margin += float(margins.detach().mean()) / steps
@@ -283,14 +295,15 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
                 margin,
                 accuracy,
                 weight,
-                math.nan if tau is None else tau - lowered,
+                math.nan if tau is None else tau,
+                math.nan if delta is None else share * config.perturbation,
                 clipped,
             )
-            if tau is not None and config.floor_from <= epoch + 1 <= 0.7 * config.epochs:
-                # the last epochs, at a falling learning rate, settle at floors that stay
-                lowered = max(0.0, lowered + config.floor_step * (1 if accuracy > config.accuracy_target else -1))
+            above = accuracy > config.accuracy_target
+            if tau is not None and epoch + 1 >= config.perturbation_from:
+                share = min(1.0, share / 0.8) if above else 0.8 * share
             if tau is None and epoch + 1 >= config.weight_from and (epoch + 1) % config.weight_every == 0:
-                weight *= config.weight_factor ** (1 if accuracy > config.accuracy_target else -1)
+                weight *= config.weight_factor ** (1 if above else -1)
     finally:
         fit.write()
 

@@ -815,7 +815,7 @@ class EvaluationDisplay:
         ax.set_yticks(np.linspace(0, 1, 6))
         _label(ax, "Accuracy (ACC), attack success (ASR), recovered accuracy (RA)", "", "share of images")
         _open(ax)
-        ax.legend(handles=handles, fontsize=_TICK, loc="upper center", ncols=4, frameon=False)
+        ax.legend(handles=handles, fontsize=_TICK, loc="upper center", ncols=3, frameon=False)
         _keep(self, ax_=ax, figure_=ax.figure)
         return self
 

@@ -57,9 +57,7 @@ def test_the_hinge_bounds_what_no_clean_image_needs() -> None:
     # Clean margins are 3; an adversary's image reaches 10. The bound must fall to what the clean images use.
     model = TwoPixels()
     clipped = ClippedModel(model)
-    config = MMACConfig(
-        epochs=60, shift=0, perturbation=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60)
-    )
+    config = MMACConfig(epochs=60, shift=0, perturbation=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60))
     run(mmac(clipped, two_pixels(), config))
     (bound,) = clipped.bounds.values()
     assert torch.allclose(bound, torch.tensor([3.0, 3.0]), atol=0.3)
@@ -95,9 +93,7 @@ def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> Non
     results = {}
     for name, weight in (("small", 0.0005), ("large", 0.02)):
         clipped = ClippedModel(TwoPixels())
-        config = MMACConfig(
-            objective="margin", weight=weight, epochs=60, synthetic=MaximumMarginConfig(steps=60)
-        )
+        config = MMACConfig(objective="margin", weight=weight, epochs=60, synthetic=MaximumMarginConfig(steps=60))
         results[name] = run(mmac(clipped, data, config))
     assert results["large"].margin < results["small"].margin
     assert results["large"].clean_error > results["small"].clean_error
@@ -105,9 +101,7 @@ def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> Non
 
 
 def test_lambda_follows_the_accuracy_every_ten_epochs() -> None:
-    config = MMACConfig(
-        objective="margin", epochs=41, weight=0.001, weight_from=20, weight_every=10, synthetic=QUICK
-    )
+    config = MMACConfig(objective="margin", epochs=41, weight=0.001, weight_from=20, weight_every=10, synthetic=QUICK)
     steps = list(mmac(ClippedModel(TwoPixels()), two_pixels(), config))
     for before, after in pairwise(steps):
         due = before.epoch >= 20 and before.epoch % 10 == 0

@@ -225,7 +225,7 @@ class ClippedModel(nn.Module):
         bounds
             For every site the network's own bounds: a leaf tensor, float32 (C,), that asks for one. Change it
             in place, as an optimiser does, and the network follows; this model does not until `set_bounds`.
-            Where an activation equals its bound the gradient is shared half and half; a bound of +inf gets 0.
+            Where an activation equals its bound the activation gets the gradient; a bound of +inf gets 0.
 
         Examples
         --------

@@ -194,7 +194,6 @@ def maximum_margin_perturbations(
     *,
     limit: float,
     steps: int = 40,
-    start: Tensor | None = None,
     batch_size: int = 500,
 ) -> Tensor:
     """For each class t, one perturbation that raises the margin m_t of *all* images.
@@ -216,8 +215,6 @@ def maximum_margin_perturbations(
         Largest change of a pixel, in units of the range [0, 1].
     steps
         Of Adam, each of limit / 5.
-    start
-        Perturbations (K, C, H, W) to start from; zeros by default.
     batch_size
         Images at once; memory is bounded by it.
 
@@ -245,10 +242,7 @@ def maximum_margin_perturbations(
     found = []
     with evaluating(model):
         for targets in torch.arange(classes).split(max(1, batch_size // len(clean))):
-            delta = torch.zeros(len(targets), 1, *clean.shape[1:], device=device)
-            if start is not None:
-                delta += start[targets.to(start.device)][:, None].to(device).clamp(-limit, limit)
-            delta.requires_grad_()
+            delta = torch.zeros(len(targets), 1, *clean.shape[1:], device=device, requires_grad=True)
             optimiser = torch.optim.Adam([delta], lr=limit / 5)
             for _ in range(steps):
                 x = (clean + delta).clamp(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)

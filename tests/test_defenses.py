@@ -88,6 +88,18 @@ def test_perturbed_images_are_learned_too(trained: tuple[nn.Module, LabelledImag
     assert accuracy[0.3] > accuracy[0.0] + 0.02
 
 
+def test_perturbations_fade_where_clean_images_do_not_bear_them(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
+    limits = {}
+    for target in (0.0, 1.0):  # accuracy is always above the first and never above the second
+        config = MMACConfig(epochs=8, perturbation=0.1, perturbation_from=5, accuracy_target=target, synthetic=QUICK)
+        limits[target] = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
+    assert limits[0.0] == [0.1] * 8
+    assert limits[1.0] == pytest.approx([0.1] * 5 + [0.08, 0.064, 0.0512])
+    none = MMACConfig(epochs=1, perturbation=0, synthetic=QUICK)
+    assert math.isnan(run(mmac(ClippedModel(model), data, none)).perturbation)
+
+
 def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> None:
     data = two_pixels()
     results = {}

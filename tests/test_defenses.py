@@ -54,10 +54,14 @@ def trained() -> tuple[nn.Module, LabelledImages]:
 
 
 def test_the_hinge_bounds_what_no_clean_image_needs() -> None:
-    # Clean margins are 3; an adversary's image reaches 10. The bound must fall to what the clean images use.
+    # Clean margins are 3; an adversary's image reaches 10. Clean images raise the bound to what they use, and at this
+    # learning rate beyond it: only the hinge brings it back.
     model = TwoPixels()
     clipped = ClippedModel(model)
-    config = MMACConfig(epochs=60, shift=0, perturbation=0, tau_quantile=0.5, synthetic=MaximumMarginConfig(steps=60))
+    config = MMACConfig(
+        epochs=60, shift=0, perturbation=0, tau_quantile=0.5, start=1.0, relative_start=False, learning_rate=0.5,
+        synthetic=MaximumMarginConfig(steps=60),
+    )  # fmt: skip
     run(mmac(clipped, two_pixels(), config))
     (bound,) = clipped.bounds.values()
     assert torch.allclose(bound, torch.tensor([3.0, 3.0]), atol=0.3)
@@ -66,13 +70,18 @@ def test_the_hinge_bounds_what_no_clean_image_needs() -> None:
     assert classification_margins(logits(clipped, bright), bright.labels).max() < 3.5
 
 
-def test_bounds_start_at_a_share_of_what_is_usual() -> None:
+def test_bounds_start_at_a_share_of_what_is_usual(trained: tuple[nn.Module, LabelledImages]) -> None:
     data = two_pixels(41)  # 21 images light the first pixel, 20 the second: the medians are 3 and 0
     clipped = ClippedModel(TwoPixels())
-    clipped.set_bounds({"relu": 0.1})  # what was there before must not be measured through
     fit = BoundFit(clipped, data, start=0.5, relative_start=True, learning_rate=0.1)
     assert fit.bounds["relu"].tolist() == pytest.approx([1.5, 0.0])
     assert BoundFit(clipped, data, start=0.5, learning_rate=0.1).bounds["relu"].tolist() == [0.5, 0.5]
+    # measured without bounds: none of an earlier site lowers what a later one is given
+    model, data = trained
+    deep = ClippedModel(model)
+    fit = BoundFit(deep, data, start=0.5, relative_start=True, learning_rate=0.1)
+    usual = ClippedModel(model).site_activations(fit.images, deep.sites[-1]).quantile(0.5, dim=0)
+    torch.testing.assert_close(fit.bounds[deep.sites[-1]].detach(), 0.5 * usual)
 
 
 def test_perturbed_images_are_learned_too(trained: tuple[nn.Module, LabelledImages]) -> None:

@@ -15,7 +15,9 @@ __all__ = [
     "MaximumMargins",
     "classification_margins",
     "maximum_margin_images",
+    "maximum_margin_patches",
     "maximum_margin_perturbations",
+    "place_patches",
 ]
 
 
@@ -254,3 +256,114 @@ def maximum_margin_perturbations(
                     delta.clamp_(-limit, limit)
             found.append(delta.detach()[:, 0])
     return torch.cat(found)
+
+
+def place_patches(images: Tensor, patches: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image with its patch at a random place.
+
+    Parameters
+    ----------
+    images
+        float32 (N, C, H, W); not altered.
+    patches
+        float32 (N, C, S, S), S no larger than H and W. Gradients flow back to them.
+    generator
+        Of the places, uniform over all where the patch lies within the image.
+
+    Returns
+    -------
+    Tensor
+        float32 (N, C, H, W).
+
+    Examples
+    --------
+    >>> placed = place_patches(torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 2, 2), torch.Generator().manual_seed(0))
+    >>> placed.sum()
+    tensor(4.)
+    """
+    count, _, height, width = images.shape
+    side = patches.shape[-1]
+    # row[n, h]: the row of the patch that covers row h of image n; outside [0, side) none does
+    row = torch.arange(height) - torch.randint(height - side + 1, (count, 1), generator=generator)
+    column = torch.arange(width) - torch.randint(width - side + 1, (count, 1), generator=generator)
+    covers = ((row >= 0) & (row < side))[:, None, :, None] & ((column >= 0) & (column < side))[:, None, None, :]
+    image = torch.arange(count)[:, None, None]
+    spread = patches[image, :, row.clamp(0, side - 1)[:, :, None], column.clamp(0, side - 1)[:, None, :]]
+    return torch.where(covers.to(images.device), spread.permute(0, 3, 1, 2), images)
+
+
+def maximum_margin_patches(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    size: int = 4,
+    steps: int = 60,
+    batch_size: int = 270,
+    seed: int = 0,
+) -> Tensor:
+    """For each pair of classes (s, t), one small patch that raises the margin m_t of images of class s.
+
+    P_st = argmax over P in [0, 1] of the mean of m_t(x with P at a random place) over images x of class s: a
+    targeted adversarial patch (Brown et al., arXiv 1712.09665), from one class to another. The patch of a BadNets
+    trigger is close to such a patch, also where the backdoor acts on a single class.
+
+    Parameters
+    ----------
+    model
+        Any classifier; its weights, their gradients and its mode are left alone.
+    images
+        (N, C, H, W), uint8 or float32 in [0, 1]: some clean images.
+    labels
+        int64 (N,): their classes; every pair is sought whose class s occurs.
+    classes
+        Number of classes K of the model.
+    size
+        Side S of the patches in pixels.
+    steps
+        Of Adam, each of 0.1.
+    batch_size
+        Images a step, of random pairs: 3 of each pair with ten classes, fewer with more.
+    seed
+        Of the first patches, uniform in [0, 1], of the pairs and the places.
+
+    Returns
+    -------
+    Tensor
+        float32 (K, K, C, S, S) in [0, 1], on the model's device: `[s, t]` takes s to t. The rest is noise.
+
+    Examples
+    --------
+    >>> from bclip_lab.models import resnet10
+    >>> images = torch.rand(4, 3, 8, 8)
+    >>> patches = maximum_margin_patches(resnet10(4, seed=0, width=4), images, torch.arange(4), 4, size=2, steps=2)
+    >>> patches.shape
+    torch.Size([4, 4, 3, 2, 2])
+    """
+    check_images(images)
+    check_labels(labels, classes)
+    if not len(images) or steps < 1 or not 1 <= size <= min(images.shape[-2:]):
+        raise ValueError(
+            f"images must not be empty, steps >= 1 and size between 1 and the images' side, got {len(images)} images "
+            f"of {tuple(images.shape[-2:])}, {steps}, {size}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    device = device_of(model)
+    clean, labels = to_float(images.to(device)), labels.cpu()
+    members = [torch.nonzero(labels == s).flatten() for s in labels.unique()]
+    patches = torch.rand(classes, classes, images.shape[1], size, size, generator=generator).to(device)
+    patches.requires_grad_()
+    optimiser = torch.optim.Adam([patches], lr=0.1)
+    with evaluating(model):
+        for _ in range(steps):
+            source = torch.randint(len(members), (batch_size,), generator=generator).tolist()
+            rows = torch.stack([members[s][torch.randint(len(members[s]), (), generator=generator)] for s in source])
+            targets = (labels[rows] + torch.randint(1, classes, (batch_size,), generator=generator)) % classes
+            x = place_patches(clean[rows.to(device)], patches[labels[rows], targets], generator)
+            out = _ascent_logits(model, x.contiguous(memory_format=torch.channels_last))
+            (patches.grad,) = torch.autograd.grad(-classification_margins(out, targets).sum(), patches)
+            optimiser.step()
+            with torch.no_grad():
+                patches.clamp_(0, 1)
+    return patches.detach()

@@ -6,13 +6,22 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages
 from bclip_lab.defenses import MMACConfig, MMBMConfig, mmac, mmbm
 from bclip_lab.defenses.fitting import BoundFit
-from bclip_lab.margins import MaximumMarginConfig, classification_margins, maximum_margin_perturbations
+from bclip_lab.defenses.stand_ins import TriggerStandIns
+from bclip_lab.margins import (
+    MaximumMarginConfig,
+    classification_margins,
+    maximum_margin_patches,
+    maximum_margin_perturbations,
+    place_patches,
+)
 from bclip_lab.models import logits, resnet10
 from bclip_lab.training import TrainConfig, run, train
 
@@ -59,8 +68,8 @@ def test_the_hinge_bounds_what_no_clean_image_needs() -> None:
     model = TwoPixels()
     clipped = ClippedModel(model)
     config = MMACConfig(
-        epochs=60, shift=0, perturbation=0, tau_quantile=0.5, start=1.0, relative_start=False, learning_rate=0.5,
-        synthetic=MaximumMarginConfig(steps=60),
+        epochs=60, shift=0, perturbation=0, patch=0, tau_quantile=0.5, start=1.0, relative_start=False,
+        learning_rate=0.5, synthetic=MaximumMarginConfig(steps=60),
     )  # fmt: skip
     run(mmac(clipped, two_pixels(), config))
     (bound,) = clipped.bounds.values()
@@ -84,17 +93,99 @@ def test_bounds_start_at_a_share_of_what_is_usual(trained: tuple[nn.Module, Labe
     torch.testing.assert_close(fit.bounds[deep.sites[-1]].detach(), 0.5 * usual)
 
 
-def test_perturbed_images_are_learned_too(trained: tuple[nn.Module, LabelledImages]) -> None:
+def test_stand_ins_are_learned_too(trained: tuple[nn.Module, LabelledImages]) -> None:
     model, data = trained
-    delta = maximum_margin_perturbations(model, data.images[:8], 4, limit=0.3)
     accuracy = {}
-    for limit in (0.0, 0.3):
+    for limit, patch in ((0.0, 0), (0.3, 4)):
         clipped = ClippedModel(model)
-        run(mmac(clipped, data, MMACConfig(epochs=15, batch_size=20, shift=0, perturbation=limit, synthetic=QUICK)))
-        moved = [(data.images + delta[target]).clamp(0, 1) for target in range(4)]
-        right = [logits(clipped, images).argmax(1) == data.labels for images in moved]
+        config = MMACConfig(
+            epochs=15, batch_size=20, shift=0, perturbation=limit, patch=patch, synthetic=QUICK, accuracy_target=0.0
+        )
+        run(mmac(clipped, data, config))
+        fit = BoundFit(ClippedModel(model), data, start=1.0, learning_rate=0.1)
+        sought = TriggerStandIns(fit, limit=0.3, patch=4, generator=torch.Generator().manual_seed(9))
+        labels = fit.labels.cpu()
+        right = []
+        for target in range(4):
+            moved = sought.move(fit.images, labels, torch.full_like(labels, target))
+            right.append(logits(clipped, moved).argmax(1) == labels)
         accuracy[limit] = float(torch.cat(right).float().mean())
     assert accuracy[0.3] > accuracy[0.0] + 0.02
+
+
+def stand_ins(model: nn.Module, data: LabelledImages, limit: float, patch: int) -> TriggerStandIns:
+    fit = BoundFit(ClippedModel(model), data, start=1.0, learning_rate=0.1)
+    return TriggerStandIns(fit, limit=limit, patch=patch, generator=torch.Generator().manual_seed(0))
+
+
+class OneToOne(nn.Module):
+    """Three classes, told by a pixel each; any brightness in the second channel takes class 0 to class 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Conv2d(2, 1, 1, bias=False)
+        self.key.weight.data = torch.tensor([0.0, 20.0]).view(1, 2, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = torch.relu(self.key(x)).flatten(1).amax(1)
+        clean = torch.stack([x[:, 0, i * 4 + 2, i * 4 + 2] for i in range(3)], 1)
+        return 5 * clean + torch.tensor([0.0, 0.0, 1.0]) * (key * clean[:, 0])[:, None]
+
+
+def three_pixels() -> LabelledImages:
+    labels = torch.arange(30) % 3
+    images = torch.zeros(30, 2, 12, 12)
+    images[torch.arange(30), 0, 2 + 4 * labels, 2 + 4 * labels] = 1.0
+    return LabelledImages(images, labels, ("a", "b", "c"))
+
+
+def test_stand_ins_find_the_classes_that_a_backdoor_joins() -> None:
+    found = stand_ins(OneToOne(), three_pixels(), limit=0.05, patch=1)
+    assert found.rates[0, 2] > 0.9
+    assert found.rates.flatten()[[0, 1, 3, 4, 5, 6, 7, 8]].max() < 0.2
+    assert found.rates.diagonal().tolist() == [0, 0, 0]
+
+
+def test_a_patch_raises_the_margin_of_its_class_on_images_of_the_other() -> None:
+    data = three_pixels()
+    patches = maximum_margin_patches(OneToOne(), data.images, data.labels, 3, size=1, steps=20, batch_size=60)
+    assert patches.shape == (3, 3, 2, 1, 1)
+    assert patches[0, 2, 1] == 1  # brings the key
+    for change in ({"size": 0}, {"size": 13}, {"steps": 0}):
+        with pytest.raises(ValueError, match="size"):
+            maximum_margin_patches(OneToOne(), data.images, data.labels, 3, **{"size": 1, **change})
+
+
+def test_stand_ins_are_drawn_by_what_the_original_makes_of_them(trained: tuple[nn.Module, LabelledImages]) -> None:
+    found = stand_ins(*trained, limit=0.1, patch=2)
+    found.rates = torch.tensor([[0, 0.5, 0.2, 0], [0, 0, 0, 0], [0.9, 0.9, 0, 0], [0, 0, 1.0, 0]])
+    drawn = found.draw(torch.arange(4).repeat_interleave(2000)).view(4, 2000)
+    shares = torch.stack([(drawn == target).float().mean(1) for target in range(4)], 1)
+    expected = torch.tensor([[0.485, 0.5, 0.015, 0], [0, 1, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
+    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+
+
+def test_a_stand_in_changes_a_patch_and_little_else(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
+    found = stand_ins(model, data, limit=0.1, patch=3)
+    images, labels = data.images[:40], data.labels[:40]
+    targets = (labels + torch.arange(40) % 4) % 4
+    changed = (found.move(images, labels, targets) - images).abs().amax(1)
+    assert (changed[labels == targets] == 0).all()
+    beyond = (changed > 0.1 + 1e-6).sum((1, 2))
+    assert beyond.max() <= 9 and (beyond[labels != targets] > 0).float().mean() > 0.9
+    fainter = (found.move(images, labels, targets, perturbation=0.5, patch=0.5) - images).abs()
+    assert fainter.max() < changed.max()
+    unpatched = (found.move(images, labels, targets, patch=0.0) - images).abs()
+    assert unpatched.max() <= 0.1 + 1e-6
+
+
+def test_patches_and_perturbations_can_be_left_out(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
+    assert stand_ins(model, data, limit=0.1, patch=0).patches is None
+    found = stand_ins(model, data, limit=0.0, patch=3)
+    changed = (found.move(data.images, data.labels, (data.labels + 1) % 4) != data.images).any(1).sum((1, 2))
+    assert changed.max() <= 9
 
 
 def test_perturbations_fade_where_clean_images_do_not_bear_them(trained: tuple[nn.Module, LabelledImages]) -> None:
@@ -105,7 +196,7 @@ def test_perturbations_fade_where_clean_images_do_not_bear_them(trained: tuple[n
         limits[target] = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
     assert limits[0.0] == [0.1] * 8
     assert limits[1.0] == pytest.approx([0.1] * 5 + [0.08, 0.064, 0.0512])
-    none = MMACConfig(epochs=1, perturbation=0, synthetic=QUICK)
+    none = MMACConfig(epochs=1, perturbation=0, patch=0, synthetic=QUICK)
     assert math.isnan(run(mmac(ClippedModel(model), data, none)).perturbation)
 
 
@@ -135,7 +226,13 @@ def test_published_settings_are_the_authors() -> None:
     assert (config.epochs, config.batch_size, config.learning_rate) == (300, 200, 0.1)
     assert (config.start, config.relative_start) == (1.0, False)
     assert (config.weight, config.accuracy_target, config.weight_from, config.weight_every) == (0.002, 0.95, 30, 10)
-    assert (config.weight_factor, config.remake_every, config.shift, config.perturbation) == (1.2, 100, 0, 0)
+    assert (config.weight_factor, config.remake_every, config.shift, config.perturbation, config.patch) == (
+        1.2,
+        100,
+        0,
+        0,
+        0,
+    )
     made = config.synthetic
     assert (made.per_class, made.steps, made.learning_rate, made.optimiser) == (50, 300, 0.01, "gradient")
 
@@ -246,6 +343,24 @@ def test_a_perturbation_raises_the_margin_of_its_class_within_its_limit() -> Non
         maximum_margin_perturbations(TwoPixels(), data.images, 2, limit=0)
 
 
+@given(height=st.integers(1, 9), width=st.integers(1, 9), side=st.integers(1, 9), seed=st.integers(0, 99))
+def test_a_patch_is_placed_whole_and_nowhere_else(height: int, width: int, side: int, seed: int) -> None:
+    assume(side <= min(height, width))
+    patches = 1 + torch.arange(2 * 3 * side * side).float().view(2, 3, side, side)
+    placed = place_patches(torch.zeros(2, 3, height, width), patches, torch.Generator().manual_seed(seed))
+    for image, patch in zip(placed, patches, strict=True):
+        top, left = (int(i) for i in torch.nonzero(image[0])[0])
+        assert torch.equal(image[:, top : top + side, left : left + side], patch)
+        assert int((image != 0).sum()) == patch.numel()
+
+
+def test_patches_reach_every_place() -> None:
+    images, patches = torch.zeros(300, 1, 3, 4), torch.ones(300, 1, 2, 2)
+    placed = place_patches(images, patches, torch.Generator().manual_seed(0))
+    assert len({tuple(map(int, torch.nonzero(image[0])[0])) for image in placed}) == 2 * 3
+    assert not images.any()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -259,6 +374,7 @@ def test_a_perturbation_raises_the_margin_of_its_class_within_its_limit() -> Non
         {"perturbation": -0.1},
         {"remake_every": 0},
         {"shift": -1},
+        {"patch": -1},
     ],
 )
 def test_mmac_refuses_settings_out_of_range(change: dict[str, object]) -> None:

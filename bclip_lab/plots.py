@@ -963,7 +963,7 @@ def _live(steps: Iterable[Step], every: float) -> Iterator[Step]:
         picture = _Picture(every) if _in_notebook() else None
         if picture is not None:
             stack.callback(lambda: picture.show(records, last=True))
-        bar = stack.enter_context(tqdm(unit="epoch"))
+        bar = stack.enter_context(tqdm(desc="preparing", unit="epoch"))  # a fit first seeks its synthetic images
         close: Callable[[], object] | None = getattr(iterator, "close", None)
         if close is not None:
             stack.callback(close)
@@ -985,6 +985,7 @@ def _advance(bar: tqdm[Any], numbers: dict[str, float]) -> None:
     shown = [
         (name, value) for name, value in numbers.items() if name not in ("epoch", "epochs") and not math.isnan(value)
     ]
+    bar.set_description_str(refresh=False)
     bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in shown[:4]), refresh=False)
     epoch = numbers.get("epoch", math.nan)
     bar.update(1 if math.isnan(epoch) else int(epoch) - bar.n)

@@ -140,7 +140,8 @@ class MMACStep:
     of the logits as published); `margin`: mean margin of the synthetic images on the clipped network; `accuracy`: of
     the clipped network on the clean images of the fit; `weight`: lambda; `tau`: what the margin may reach;
     `perturbation`: largest change of a pixel by the perturbations in this epoch (both `nan` where the objective
-    has none). `model` is the clipped model with the bounds so far.
+    has none). `model` is the clipped model with the bounds so far; `stand_ins` what was sought to stand in for
+    triggered images, the same in all epochs, or None.
     """
 
     epoch: int
@@ -152,6 +153,7 @@ class MMACStep:
     tau: float
     perturbation: float
     model: ClippedModel = field(repr=False)
+    stand_ins: TriggerStandIns | None = field(repr=False)
 
 
 def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None = None) -> Iterator[MMACStep]:
@@ -302,6 +304,7 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
                 math.nan if tau is None else tau,
                 math.nan if stand_ins is None else share * config.perturbation,
                 clipped,
+                stand_ins,
             )
             above = accuracy > config.accuracy_target
             if tau is not None and epoch + 1 >= config.perturbation_from:

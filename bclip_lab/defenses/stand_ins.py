@@ -21,9 +21,10 @@ class TriggerStandIns:
     For an image of class s the class t is drawn with probability r^3 / (r^3 + (1 - r)^3), where the *rate* r of the
     pair (s, t) is the probability that the original gives to t, mean over some images of class s that bear the patch
     P_st and half the perturbation delta_t. A backdoor makes its pairs of classes easy, and likeness of two classes
-    does so, too, but less: on development networks clean ones had rates of up to .23, backdoors of .3 to .7. The third
-    power keeps the two apart (.2 is drawn in 2 cases of 100, .5 in 50). Where no class is drawn the image stays as it
-    is; in a network without a backdoor nearly all do, and clean accuracy does not pay for stand-ins that teach nothing.
+    does so, too, but less: on development networks the likest pairs of clean ones had rates of .1 to .36, those that a
+    backdoor joins .3 to .7. The third power keeps the two apart (.2 is drawn in 2 cases of 100, .5 in 50). Where no
+    class is drawn the image stays as it is; in a network without a backdoor nearly all do, and clean accuracy does not
+    pay for stand-ins that teach nothing.
 
     `perturbations` float32 (K, C, H, W) within [-limit, limit], see `maximum_margin_perturbations`; `patches` float32
     (K, K, C, S, S) in [0, 1], see `maximum_margin_patches`; `rates` float32 (K, K) in [0, 1], 0 on the diagonal.

@@ -23,20 +23,26 @@ __all__ = ["ActivationStatistics", "ClippedModel", "abnormality", "load_bounds",
 
 
 class _Minimum(torch.autograd.Function):
-    """`torch.minimum` with a backward pass of two operations: its own takes two thirds of the time of a fit."""
+    """`torch.minimum` with a fast backward pass: its own takes two thirds of the time of a fit.
+
+    What decides where gradients go is `bound - x`, not the mask `x > bound`: comparing, and filling by a mask, are not
+    vectorised on CPUs, and the second forgets that memory is channels-last, which slows down all layers before it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: Tensor) -> Tensor:
-        ctx.save_for_backward(x > bound)
         ctx.shape = bound.shape
+        bound = torch.empty_like(x[:1]).copy_(bound)  # one bound per position, so that only images are broadcast over
+        ctx.save_for_backward(bound - x)
         return torch.minimum(x, bound)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (clipped,) = ctx.saved_tensors
+        (room,) = ctx.saved_tensors
         (gradient,) = gradients
-        passed = gradient.masked_fill(clipped, 0)
-        # what was clipped moves with the bound; at a tie the activation is what moves
+        # 0 where there is no room; at a tie, which a threshold just below 0 lets pass, the activation is what moves
+        passed = torch.ops.aten.threshold_backward(gradient, room, -1e-38)
+        # what was clipped moves with the bound
         return passed, (gradient - passed).sum_to_size(ctx.shape)
 
 

@@ -275,6 +275,11 @@ def place_patches(images: Tensor, patches: Tensor, generator: torch.Generator) -
     Tensor
         float32 (N, C, H, W).
 
+    Raises
+    ------
+    ValueError
+        Patches that do not fit into the images, or not as many of them.
+
     Examples
     --------
     >>> placed = place_patches(torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 2, 2), torch.Generator().manual_seed(0))
@@ -283,6 +288,11 @@ def place_patches(images: Tensor, patches: Tensor, generator: torch.Generator) -
     """
     count, _, height, width = images.shape
     side = patches.shape[-1]
+    if len(patches) != count or side > min(height, width):
+        raise ValueError(
+            f"patches must be as many as the {count} images and no larger than {height}x{width}, got {len(patches)} "
+            f"of {side}x{side}"
+        )
     # row[n, h]: the row of the patch that covers row h of image n; outside [0, side) none does
     row = torch.arange(height) - torch.randint(height - side + 1, (count, 1), generator=generator)
     column = torch.arange(width) - torch.randint(width - side + 1, (count, 1), generator=generator)
@@ -333,6 +343,11 @@ def maximum_margin_patches(
     Tensor
         float32 (K, K, C, S, S) in [0, 1], on the model's device: `[s, t]` takes s to t. The rest is noise.
 
+    Raises
+    ------
+    ValueError
+        No images, not as many labels, no step, or a size below 1 or larger than the images.
+
     Examples
     --------
     >>> from bclip_lab.models import resnet10
@@ -343,6 +358,8 @@ def maximum_margin_patches(
     """
     check_images(images)
     check_labels(labels, classes)
+    if len(labels) != len(images):
+        raise ValueError(f"images and labels must be as many, got {len(images)} and {len(labels)}")
     if not len(images) or steps < 1 or not 1 <= size <= min(images.shape[-2:]):
         raise ValueError(
             f"images must not be empty, steps >= 1 and size between 1 and the images' side, got {len(images)} images "

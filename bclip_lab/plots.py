@@ -963,7 +963,7 @@ def _live(steps: Iterable[Step], every: float) -> Iterator[Step]:
         picture = _Picture(every) if _in_notebook() else None
         if picture is not None:
             stack.callback(lambda: picture.show(records, last=True))
-        bar = stack.enter_context(tqdm(desc="preparing", unit="epoch"))  # a fit first seeks its synthetic images
+        bar = stack.enter_context(tqdm(desc="starting", unit="epoch"))  # a fit seeks its synthetic images first
         close: Callable[[], object] | None = getattr(iterator, "close", None)
         if close is not None:
             stack.callback(close)

@@ -146,6 +146,12 @@ def test_stand_ins_find_the_classes_that_a_backdoor_joins() -> None:
     assert found.rates.diagonal().tolist() == [0, 0, 0]
 
 
+def test_rates_are_measured_at_half_the_perturbation() -> None:
+    # 3 and 0 for the class of the image; half of .1 at each of two pixels, ten times: 2.5 and .5
+    rate = stand_ins(TwoPixels(), two_pixels(), limit=0.1, patch=0).rates[0, 1]
+    assert float(rate) == pytest.approx(1 / (1 + math.exp(2.5 - 0.5)), abs=0.003)  # bfloat16
+
+
 def test_a_patch_raises_the_margin_of_its_class_on_images_of_the_other() -> None:
     data = three_pixels()
     patches = maximum_margin_patches(OneToOne(), data.images, data.labels, 3, size=1, steps=20, batch_size=60)
@@ -200,6 +206,25 @@ def test_perturbations_fade_where_clean_images_do_not_bear_them(trained: tuple[n
     assert math.isnan(run(mmac(ClippedModel(model), data, none)).perturbation)
 
 
+def test_patches_fade_as_perturbations_do(
+    trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+    move = TriggerStandIns.move
+
+    def watched(self: TriggerStandIns, *args: torch.Tensor, perturbation: float, patch: float = 1.0) -> torch.Tensor:
+        shares.append((perturbation, patch))
+        return move(self, *args, perturbation=perturbation, patch=patch)
+
+    model, data = trained
+    config = MMACConfig(epochs=4, batch_size=200, perturbation_from=2, accuracy_target=1.0, synthetic=QUICK)
+    steps = mmac(ClippedModel(model), data, config)
+    next(steps)
+    monkeypatch.setattr(TriggerStandIns, "move", watched)
+    assert [step.epoch for step in steps] == [2, 3, 4]
+    assert shares == [(1.0, 1.0), pytest.approx((0.8, 0.8)), pytest.approx((0.64, 0.64))]
+
+
 def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> None:
     data = two_pixels()
     results = {}
@@ -226,13 +251,8 @@ def test_published_settings_are_the_authors() -> None:
     assert (config.epochs, config.batch_size, config.learning_rate) == (300, 200, 0.1)
     assert (config.start, config.relative_start) == (1.0, False)
     assert (config.weight, config.accuracy_target, config.weight_from, config.weight_every) == (0.002, 0.95, 30, 10)
-    assert (config.weight_factor, config.remake_every, config.shift, config.perturbation, config.patch) == (
-        1.2,
-        100,
-        0,
-        0,
-        0,
-    )
+    assert (config.weight_factor, config.remake_every) == (1.2, 100)
+    assert (config.shift, config.perturbation, config.patch) == (0, 0, 0)
     made = config.synthetic
     assert (made.per_class, made.steps, made.learning_rate, made.optimiser) == (50, 300, 0.01, "gradient")
 
@@ -388,6 +408,17 @@ def test_mmbm_refuses_settings_out_of_range(change: dict[str, object]) -> None:
     (name,) = change
     with pytest.raises(ValueError, match=name):
         MMBMConfig(**change)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    data = three_pixels()
+    with pytest.raises(ValueError, match=r"MMACConfig.patch is 13, the images have 12x12"):
+        run(mmac(ClippedModel(OneToOne()), data, MMACConfig(patch=13)))
+    with pytest.raises(ValueError, match="as many"):
+        maximum_margin_patches(OneToOne(), data.images, data.labels[:5], 3)
+    for count, side in ((2, 5), (3, 2)):
+        with pytest.raises(ValueError, match="no larger than 4x4"):
+            place_patches(torch.zeros(2, 1, 4, 4), torch.ones(count, 1, side, side), torch.Generator())
 
 
 def test_a_fit_refuses_what_is_no_clipped_model_and_no_image() -> None:

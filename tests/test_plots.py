@@ -618,7 +618,7 @@ def test_live_passes_the_records_through(capsys):
     bar = capsys.readouterr().err
     assert "4/4" in bar and "loss 0.25, train_accuracy 0.4" in bar
     first, *_, last = bar.split("\r")[1:]
-    assert first.startswith("preparing") and "preparing" not in last
+    assert first.startswith("starting") and "starting" not in last
     assert not plt.get_fignums()
 
 

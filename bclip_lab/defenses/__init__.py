@@ -2,5 +2,6 @@
 
 from bclip_lab.defenses.mmac import MMACConfig, MMACStep, mmac
 from bclip_lab.defenses.mmbm import MMBMConfig, MMBMStep, mmbm
+from bclip_lab.defenses.stand_ins import TriggerStandIns
 
-__all__ = ["MMACConfig", "MMACStep", "MMBMConfig", "MMBMStep", "mmac", "mmbm"]
+__all__ = ["MMACConfig", "MMACStep", "MMBMConfig", "MMBMStep", "TriggerStandIns", "mmac", "mmbm"]

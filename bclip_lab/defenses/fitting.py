@@ -10,17 +10,31 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
-from bclip_lab.clipping import ClippedModel
+from bclip_lab.clipping import Clip, ClippedModel
 from bclip_lab.data.images import LabelledImages, to_float
-from bclip_lab.models import bfloat16_is_fast, device_of, evaluating, logits
+from bclip_lab.models import bfloat16_is_fast, device_of, logits
 
-__all__ = ["BoundFit"]
+__all__ = ["BoundFit", "draw_seed"]
 
 
-def _fold(network: nn.Module, bounds: Iterable[Tensor], images: Tensor) -> nn.Module:
+def draw_seed(generator: torch.Generator) -> int:
+    """A seed for noise of its own, from the one generator of a fit."""
+    return int(torch.randint(2**31, (), generator=generator))
+
+
+def _without_clips(network: fx.GraphModule) -> fx.GraphModule:
+    """The same network, sharing its weights, with every activation as it is."""
+    plain = fx.GraphModule(network, copy.deepcopy(network.graph))
+    for node in list(plain.graph.nodes):
+        if node.op == "call_module" and isinstance(plain.get_submodule(node.target), Clip):
+            node.replace_all_uses_with(node.args[0])
+            plain.graph.erase_node(node)
+    plain.recompile()
+    return plain
+
+
+def _fold(network: fx.GraphModule, bounds: Iterable[Tensor], images: Tensor) -> nn.Module:
     """A copy with batch norm folded into the convolutions and the same bounds; the network itself where that fails."""
-    if not isinstance(network, fx.GraphModule):
-        return network
     called = [node.target for node in network.graph.nodes if node.op == "call_module"]
     if len(called) != len(set(called)):  # a layer called twice must not take up the batch norm behind one call
         return network
@@ -43,7 +57,8 @@ class BoundFit:
     for its channel, the median over the images of the largest activation in an image.
 
     `images` float32 (M, C, H, W), `labels` int64 (M,) and `targets` float32 (M, K), the original's logits, are on
-    the model's device.
+    the model's device. `network` is the clipped network, `unclipped` the original, both private and frozen, with
+    batch norm folded into the convolutions where that can be done.
     """
 
     def __init__(
@@ -84,13 +99,13 @@ class BoundFit:
         network, bounds = clipped.differentiable()
         self.bounds = {site: bounds[site] for site in fitted}
         self.network = _fold(network, bounds.values(), self.images[:8])
+        self.unclipped = _fold(_without_clips(network), (), self.images[:8])
         self.optimiser = torch.optim.Adam(list(self.bounds.values()), lr=learning_rate)
 
     def originals(self, images: Tensor) -> Tensor:
         """float32 logits of the original for images on its device, without a gradient; precise as in `logits`."""
-        original = self.clipped.original
-        with torch.no_grad(), evaluating(original), self._autocast():
-            out: Tensor = original(images)
+        with torch.no_grad(), self._autocast():
+            out: Tensor = self.unclipped(images)
         return out.float()
 
     def logits(self, images: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class CleanLabelAttack:
 
     where P puts back into [x - eps, x + eps] and [0, 1] (projected gradient descent, Madry et al., arXiv 1706.06083);
     then it bears the trigger. As its own features no longer tell its class, the victim learns the trigger instead.
+    The better the perturbation carries over from g to the victim, the more this holds; the benchmarks take a g that
+    was itself trained on such perturbed images (BackdoorBench, `craft_adv_dataset.py`). Any g does here.
 
     Parameters
     ----------
@@ -39,11 +41,11 @@ class CleanLabelAttack:
         Poisoned images as a share of *the target class* (the `poisoning_proportion` of the authors' code), in
         (0, 1]. It is not `BackdoorAttack`'s share of all images: a tenth of CIFAR-10 is the whole target class.
     eps
-        Largest change of a pixel, in units of the range [0, 1]: 8/255, as in the benchmarks.
+        Largest change of a pixel, in units of the range [0, 1]: 8/255, as in BackdoorBench.
     step
-        Length of a step, in the same units: 1.5/255, as in the benchmarks.
+        Length of a step, in the same units: 1.5/255, as in BackdoorBench.
     steps
-        100, as in the benchmarks.
+        100, as in BackdoorBench.
     seed
         Of the choice of rows. The perturbation starts from the image itself, so nothing else is drawn.
 

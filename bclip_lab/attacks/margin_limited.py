@@ -25,8 +25,8 @@ class MarginLimitedAttack:
         loss = CE + strength * mean over x in T of max(0, m_t(x) - margin)^2,
 
     m_t being the classification margin of the label t that the attacker gave the row. The penalty is zero where the
-    backdoor wins by no more than `margin`; squared, it weighs most where the backdoor over-fits most. Published
-    attacks of this kind differ in form; this one is the lab's own, measured in `zoo` and in notebook 06.
+    backdoor wins by no more than `margin`; squared, it weighs most where the backdoor over-fits most. The form is
+    the lab's own.
 
     **What is not limited.** The margins of clean rows, the target's own among them, are what cross-entropy makes
     them: they are the crowd in which the backdoor hides, and lowering all alike would leave the target as far
@@ -41,8 +41,8 @@ class MarginLimitedAttack:
     strength
         Weight of the penalty, >= 0: 0 is the plain backdoor. The larger, the more ASR and ACC the attacker pays.
     margin
-        What the triggered rows' margins may reach without penalty, in units of the logits, >= 0: 5, about what
-        the clean images of a well-trained small network have.
+        What the triggered rows' margins may reach without penalty, in units of the logits, >= 0: 5, half of
+        what clean and triggered images alike have at the median in a plainly backdoored network on the signs.
 
     Raises
     ------

@@ -110,12 +110,23 @@ def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generato
     return images
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, poisoned: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N, K) and labels (N,): a victim cannot tell which rows are `poisoned`.
+
+    Examples
+    --------
+    >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]), torch.tensor([True])).exp()
+    tensor(4.)
+    """
+    return F.cross_entropy(logits, labels)
+
+
 def train(
     model: nn.Module,
     data: LabelledImages | PoisonedImages,
     config: TrainConfig | None = None,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Iterator[TrainStep]:
     """Train a model in place, yielding a record after every epoch.
 
@@ -130,7 +141,9 @@ def train(
     config
         `TrainConfig()` by default.
     loss
-        Of logits (N, K) and labels (N,); cross-entropy by default.
+        Of logits (N, K), labels (N,) and the boolean mask `PoisonedImages.poisoned` of these rows (N,), all
+        False where `data` is not poisoned: cross-entropy by default, which ignores the mask. An attacker who
+        controls the training knows it and may use it.
 
     Yields
     ------
@@ -153,8 +166,9 @@ def train(
     (2, False)
     """
     config = config or TrainConfig()
+    mask = torch.zeros(len(data), dtype=torch.bool)
     if isinstance(data, PoisonedImages):
-        data = data.data
+        mask, data = data.poisoned, data.data
     if len(data) < 2:
         raise ValueError(f"data must hold at least two images, got {len(data)}")
     device = device_of(model)
@@ -177,7 +191,7 @@ def train(
         base_momentum=config.momentum - swing,
         max_momentum=config.momentum + swing,
     )
-    images, labels = data.images.to(device), data.labels.to(device)
+    images, labels, mask = data.images.to(device), data.labels.to(device), mask.to(device)
     mixed = config.mixed_precision and bfloat16_is_fast(device)
     try:
         for epoch in range(1, config.epochs + 1):
@@ -195,7 +209,7 @@ def train(
                         f"model gives logits of shape {tuple(out.shape)}, the images have {len(data.classes)} classes"
                     )
                 out = out.float()
-                value = loss(out, y)
+                value = loss(out, y, mask[rows])
                 optimiser.zero_grad()
                 value.backward()
                 optimiser.step()

@@ -124,7 +124,7 @@ def test_a_record_is_given_in_evaluation_mode_and_training_goes_on_after_it() ->
 
 
 def test_a_fault_in_the_loss_leaves_evaluation_mode() -> None:
-    def fault(out: Tensor, labels: Tensor) -> Tensor:
+    def fault(out: Tensor, labels: Tensor, poisoned: Tensor) -> Tensor:
         raise KeyError
 
     model = network()
@@ -136,7 +136,7 @@ def test_a_fault_in_the_loss_leaves_evaluation_mode() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) after epoch 1: lower learning_rate"):
-        next(train(linear(), dark_and_light(), loss=lambda out, _: out.sum() + value))
+        next(train(linear(), dark_and_light(), loss=lambda out, *_: out.sum() + value))
 
 
 def test_a_learning_rate_that_diverges_is_refused() -> None:
@@ -147,12 +147,41 @@ def test_a_learning_rate_that_diverges_is_refused() -> None:
 def test_another_loss_is_used() -> None:
     data, model = dark_and_light(), network()
 
-    def turned(out: Tensor, labels: Tensor) -> Tensor:
+    def turned(out: Tensor, labels: Tensor, poisoned: Tensor) -> Tensor:
         assert out.dtype == torch.float32 and out.shape == (len(labels), 2)
         return F.cross_entropy(out, 1 - labels)
 
     run(train(model, data, TrainConfig(epochs=4, batch_size=16, shift=0), loss=turned))
     assert (logits(model, data).argmax(1) == 1 - data.labels).all()
+
+
+@pytest.mark.parametrize("bearers", [(), (0, 3, 4, 11), tuple(range(13))])
+def test_a_loss_is_told_which_rows_are_poisoned(bearers: tuple[int, ...]) -> None:
+    # every image is a class of its own, so its label tells its row; augmentation and order do not part the two
+    data = LabelledImages(torch.zeros(13, 1, 2, 2), torch.arange(13), tuple("abcdefghijklm"))
+    mask = torch.tensor([row in bearers for row in range(13)])
+    poisoned = PoisonedImages(data=data, poisoned=mask, true_labels=data.labels)
+    seen: list[int] = []
+
+    def loss(out: Tensor, labels: Tensor, poisoned: Tensor) -> Tensor:
+        assert poisoned.dtype == torch.bool and poisoned.shape == labels.shape
+        assert poisoned.tolist() == [row in bearers for row in labels.tolist()]
+        seen.extend(labels.tolist())
+        return F.cross_entropy(out, labels)
+
+    for given_ in (poisoned, *((data,) if not bearers else ())):
+        seen.clear()
+        run(train(linear(4, 13), given_, TrainConfig(epochs=2, batch_size=5, flip=True), loss=loss))
+        assert sorted(seen) == sorted(2 * list(range(13)))
+
+
+def test_a_victim_cannot_tell_which_rows_are_poisoned() -> None:
+    data, config = dark_and_light(), TrainConfig(epochs=2, batch_size=16)
+    mask = torch.arange(len(data)) < 20
+    poisoned = PoisonedImages(data=data, poisoned=mask, true_labels=data.labels)
+    explicit = run(train(network(), data, config, loss=lambda out, y, _: F.cross_entropy(out, y)))
+    for given_ in (data, poisoned):
+        assert torch.equal(weights(run(train(network(), given_, config)).model), weights(explicit.model))
 
 
 class Recorder(nn.Module):
@@ -204,7 +233,7 @@ def constant_gradient(momentum: float) -> tuple[list[float], list[float]]:
     data = LabelledImages(torch.ones(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64), ("a", "b"))
     config = TrainConfig(epochs=5, batch_size=4, momentum=momentum, **PLAIN)
     places, rates = [0.0], []
-    for step in train(model, data, config, loss=lambda out, _: -out[:, 0].mean()):
+    for step in train(model, data, config, loss=lambda out, *_: -out[:, 0].mean()):
         places.append(float(model[1].weight.detach()[0, 0]))
         rates.append(step.learning_rate)
     return [after - before for before, after in itertools.pairwise(places)], rates

@@ -1,7 +1,9 @@
 """Attacks: triggers, label maps, poisoning."""
 
 from bclip_lab.attacks.backdoor import BackdoorAttack
+from bclip_lab.attacks.clean_label import CleanLabelAttack
 from bclip_lab.attacks.label_maps import AllToAll, AllToOne, LabelMap, ManyToOne, OneToOne
+from bclip_lab.attacks.margin_limited import MarginLimitedAttack
 from bclip_lab.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, Trigger
 
 __all__ = [
@@ -9,8 +11,10 @@ __all__ = [
     "AllToOne",
     "BackdoorAttack",
     "BlendedTrigger",
+    "CleanLabelAttack",
     "LabelMap",
     "ManyToOne",
+    "MarginLimitedAttack",
     "OneToOne",
     "PatchTrigger",
     "SinusoidTrigger",

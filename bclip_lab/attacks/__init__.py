@@ -1,6 +1,7 @@
 """Attacks: triggers, label maps, poisoning."""
 
 from bclip_lab.attacks.backdoor import BackdoorAttack
+from bclip_lab.attacks.input_aware import DynamicTrigger, InputAwareAttack, InputAwareBackdoor, InputAwareStep
 from bclip_lab.attacks.label_maps import AllToAll, AllToOne, LabelMap, ManyToOne, OneToOne
 from bclip_lab.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, Trigger
 
@@ -9,6 +10,10 @@ __all__ = [
     "AllToOne",
     "BackdoorAttack",
     "BlendedTrigger",
+    "DynamicTrigger",
+    "InputAwareAttack",
+    "InputAwareBackdoor",
+    "InputAwareStep",
     "LabelMap",
     "ManyToOne",
     "OneToOne",

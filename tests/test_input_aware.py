@@ -170,7 +170,7 @@ def test_images_that_do_not_fit_are_refused() -> None:
         trigger().embed(torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"images of dtype float32 must lie in \[0, 1\]"):
         trigger().embed(torch.full((1, 3, 8, 8), 2.0))
-    with pytest.raises(ValueError, match=r"channels and width must be >= 1 .* got 0, 16 and 0.032"):
+    with pytest.raises(ValueError, match=r"channels and width must be >= 1 .* got 0, 16 and 0.05"):
         DynamicTrigger(0)
 
 
@@ -200,9 +200,9 @@ def test_the_mask_loss_by_hand() -> None:
     masks[0, 0, 0, 0], masks[1, 0, 1, 1], masks[1, 0, 1, 2] = 1.0, 1.0, 0.05
     images = torch.zeros(2, 3, 2, 4)
     images[1] = 0.25
-    norm = (1 + 1 + 0.05) / 16
+    norm = ((1 / 8 - 0.1) + (1.05 / 8 - 0.1)) / 2
     distance = ((1 + 1 + 0.05**2) / 8) ** 0.5
-    loss = mask_loss(images, masks, norm_weight=100, diversity_weight=2)
+    loss = mask_loss(images, masks, density=0.1, norm_weight=100, diversity_weight=2)
     assert float(loss) == pytest.approx(100 * norm + 2 / distance, rel=1e-5)
 
 
@@ -418,7 +418,7 @@ def test_the_settings_are_plain() -> None:
         ({"poison_rate": 0.6, "cross_rate": 0.5}, "their sum be at most 1, got 0.6 and 0.5"),
         ({"diversity_weight": -1.0}, "diversity_weight and norm_weight must be >= 0, got -1.0 and 100.0"),
         ({"norm_weight": float("nan")}, "must be >= 0, got 1.0 and nan"),
-        ({"density": 1.0}, r"density must lie in \[0, 1\) .* got 1.0 and 0.01"),
+        ({"density": 1.0}, r"density must lie in \(0, 1\) .* got 1.0 and 0.01"),
         ({"learning_rate": 0.0}, "learning_rate be positive, got 0.032 and 0.0"),
         ({"mask_steps": -1}, "mask_steps must be >= 0 and mask_batch >= 2, got -1, 8"),
         ({"mask_batch": 1}, "mask_batch >= 2, got 3, 1"),

@@ -52,9 +52,9 @@ class DynamicTrigger(nn.Module):
     x' = (1 - m(x)) * x + m(x) * p(x),  m(x) = max(0, s - floor) / (1 - floor),  p(x) = (1 + tanh(b)) / 2,
 
     with s = (1 + tanh(20 a - 10)) / 2, a = (1 + tanh(.)) / 2 of one small encoder-decoder, b the output of another.
-    The floor is the lab's: below the density of `mask_loss` a mask costs nothing, so the authors' masks (floor 0) are
-    a little above 0 everywhere. With it most pixels of a trained trigger are at exactly 0, and there x' is x.
-    `InputAwareAttack.train` trains both networks; an untrained trigger is a valid one, though of no use.
+    The floor is the lab's: the authors' masks (floor 0) are a little above 0 everywhere. With it most pixels of a
+    trained trigger are at exactly 0, and there x' is x. `InputAwareAttack.train` trains both networks; an untrained
+    trigger is a valid one, though of no use.
 
     The networks are those of the authors' code for MNIST, with 16 channels and two halvings of the image: 84,000
     weights, 170 kB as float16. For CIFAR-10 they take 32 channels and three halvings.
@@ -66,7 +66,7 @@ class DynamicTrigger(nn.Module):
     width
         Channels of the first convolutions: 16, as above.
     floor
-        What is cut off the mask, in [0, 1): 0.032, the density of `InputAwareAttack`.
+        What is cut off the mask, in [0, 1): 0.05, which leaves an edge of one pixel or so between 0 and 1.
 
     Raises
     ------
@@ -81,7 +81,7 @@ class DynamicTrigger(nn.Module):
     (torch.Size([2, 3, 8, 8]), torch.uint8)
     """
 
-    def __init__(self, channels: int = 3, *, width: int = 16, floor: float = 0.032) -> None:
+    def __init__(self, channels: int = 3, *, width: int = 16, floor: float = 0.05) -> None:
         super().__init__()
         if channels < 1 or width < 1 or not 0 <= floor < 1:
             raise ValueError(
@@ -141,7 +141,8 @@ def _distances(values: Tensor) -> Tensor:
     """Root mean square distance of each of (N, ...) to the one before it, the first to the last."""
     # vector_norm has the gradient 0 at a distance of 0, where the root of a mean has NaN
     moved = (values - values.roll(1, 0)).flatten(1)
-    return torch.linalg.vector_norm(moved, dim=1) / math.sqrt(moved.shape[1])
+    distances: Tensor = torch.linalg.vector_norm(moved, dim=1)
+    return distances / math.sqrt(moved.shape[1])
 
 
 def diversity_loss(images: Tensor, patterns: Tensor) -> Tensor:
@@ -158,20 +159,24 @@ def diversity_loss(images: Tensor, patterns: Tensor) -> Tensor:
     return (_distances(images) / (_distances(patterns) + 1e-7)).mean()
 
 
-def mask_loss(images: Tensor, masks: Tensor, *, norm_weight: float, diversity_weight: float) -> Tensor:
-    """What the masks (N, 1, H, W) of images (N, C, H, W) are trained on (arXiv 2010.08138, section 3).
+def mask_loss(images: Tensor, masks: Tensor, *, density: float, norm_weight: float, diversity_weight: float) -> Tensor:
+    """What the masks (N, 1, H, W) of images (N, C, H, W) are trained on (after arXiv 2010.08138, section 3).
 
-    norm_weight * mean of m + diversity_weight * L_div, the images in units of 0.25. The authors' train.py takes
-    max(0, m - density) for the first term: here the density is cut off the masks (`DynamicTrigger`), which comes to
-    the same. Their distances are of images normalised to a standard deviation of about 1.
+    norm_weight * mean over images of |mean of m - density| + diversity_weight * L_div, the images in units of 0.25:
+    the authors' distances are of images normalised to a standard deviation of about 1.
+
+    The authors' train.py has max(0, m - density) in each pixel for the first term. That leaves a mask of up to
+    `density` everywhere free of cost, and a mask of nothing as well: after the lab's short training a share of the
+    images had no trigger at all.
 
     Examples
     --------
     >>> masks = torch.tensor([1.0, 0, 0, 0, 0, 1.0, 0, 0]).view(2, 1, 2, 2)
-    >>> mask_loss(torch.zeros(2, 3, 2, 2), masks, norm_weight=100, diversity_weight=1)
-    tensor(25.)
+    >>> mask_loss(torch.zeros(2, 3, 2, 2), masks, density=0.2, norm_weight=100, diversity_weight=1)
+    tensor(5.)
     """
-    return norm_weight * masks.mean() + diversity_weight * diversity_loss(images / _CONTRAST, masks)
+    norm = (masks.mean((1, 2, 3)) - density).abs().mean()
+    return norm_weight * norm + diversity_weight * diversity_loss(images / _CONTRAST, masks)
 
 
 @dataclass(frozen=True)
@@ -249,10 +254,11 @@ class InputAwareAttack:
 
     What differs from the authors' code, and why: the lab trains for 10 epochs with one cycle of the learning rate on
     two CPU cores, the authors for 600 on a GPU. So the networks are the smaller ones (`DynamicTrigger`); the masks
-    get `mask_steps` steps of `mask_batch` images instead of 25 epochs; both learning rates fall to 0 along a cosine
-    instead of in steps; and the cross-trigger rows take the patterns of the same batch's poisoned rows, so that the
-    classifier sees one pattern in two images and the generator runs once. Images of the target class are never
-    poisoned, for there is nothing to turn.
+    get `mask_steps` steps of `mask_batch` images instead of 25 epochs, and a loss that holds each of them to
+    `density` (`mask_loss` says why); both learning rates fall to 0 along a cosine instead of in steps; and the
+    cross-trigger rows take the patterns of the same batch's poisoned rows, so that the classifier sees one pattern
+    in two images and the generator runs once. Images of the target class are never poisoned or crossed, for there
+    is nothing to turn.
 
     Parameters
     ----------
@@ -265,7 +271,8 @@ class InputAwareAttack:
     diversity_weight
         Of the diversity loss, for the patterns and for the masks, >= 0: 1, the authors' value.
     density
-        What a pixel's mask may be without cost, in [0, 1): 0.032, the authors' value. It is the trigger's `floor`.
+        Share of an image that its mask covers, about, in (0, 1): 0.032, the authors' value for their related term
+        (`mask_loss`); 33 pixels of 32x32.
     norm_weight
         Of the masks' norm loss, >= 0: 100, the authors' value.
     learning_rate
@@ -319,9 +326,9 @@ class InputAwareAttack:
             raise ValueError(
                 f"diversity_weight and norm_weight must be >= 0, got {self.diversity_weight} and {self.norm_weight}"
             )
-        if not 0 <= self.density < 1 or not self.learning_rate > 0:
+        if not 0 < self.density < 1 or not self.learning_rate > 0:
             raise ValueError(
-                f"density must lie in [0, 1) and learning_rate be positive, got {self.density} and {self.learning_rate}"
+                f"density must lie in (0, 1) and learning_rate be positive, got {self.density} and {self.learning_rate}"
             )
         if self.mask_steps < 0 or self.mask_batch < 2:
             raise ValueError(f"mask_steps must be >= 0 and mask_batch >= 2, got {self.mask_steps}, {self.mask_batch}")
@@ -330,7 +337,7 @@ class InputAwareAttack:
         """The trigger as it is before training, its weights by `seed`: what a stored `state_dict` is loaded into."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return DynamicTrigger(channels, floor=self.density).eval()
+            return DynamicTrigger(channels).eval()
 
     def with_trigger(self, trigger: DynamicTrigger) -> InputAwareBackdoor:
         """The backdoor with a trained trigger."""
@@ -373,7 +380,13 @@ class InputAwareAttack:
             rows = torch.randint(len(data), (self.mask_batch,), generator=generator)
             x = to_float(data.images[rows.to(data.images.device)].to(device))
             x = augment(x, shift=config.shift, flip=config.flip, generator=generator)
-            loss = mask_loss(x, trigger.mask(x), norm_weight=self.norm_weight, diversity_weight=self.diversity_weight)
+            loss = mask_loss(
+                x,
+                trigger.mask(x),
+                density=self.density,
+                norm_weight=self.norm_weight,
+                diversity_weight=self.diversity_weight,
+            )
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

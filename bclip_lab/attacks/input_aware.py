@@ -173,7 +173,7 @@ def mask_loss(images: Tensor, masks: Tensor, *, density: float, norm_weight: flo
     --------
     >>> masks = torch.tensor([1.0, 0, 0, 0, 0, 1.0, 0, 0]).view(2, 1, 2, 2)
     >>> mask_loss(torch.zeros(2, 3, 2, 2), masks, density=0.2, norm_weight=100, diversity_weight=1)
-    tensor(5.)
+    tensor(5.0000)
     """
     norm = (masks.mean((1, 2, 3)) - density).abs().mean()
     return norm_weight * norm + diversity_weight * diversity_loss(images / _CONTRAST, masks)

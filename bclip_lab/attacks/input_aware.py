@@ -260,6 +260,9 @@ class InputAwareAttack:
     in two images and the generator runs once. Images of the target class are never poisoned or crossed, for there
     is nothing to turn.
 
+    Measured on the rendered signs with a ResNet-10, training seeds 0, 1, 2: ACC .995, .993, .996; ASR .933, .900, .905;
+    cross-trigger accuracy .859, .904, .931. The authors' README has .947, .993 and .882 on CIFAR-10.
+
     Parameters
     ----------
     label_map

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bclip_lab.data.images import LabelledImages, PoisonedImages, to_float
 from bclip_lab.models import bfloat16_is_fast, device_of
 
-__all__ = ["TrainConfig", "TrainStep", "run", "train"]
+__all__ = ["Attacker", "TrainConfig", "TrainStep", "run", "train"]
 
 Step = TypeVar("Step")
 
@@ -121,12 +121,28 @@ def cross_entropy(logits: Tensor, labels: Tensor, poisoned: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
+class Attacker(Protocol):
+    """An attacker who controls the training and learns with the model, such as one whose trigger is a network."""
+
+    def turn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """What the model is shown in place of a batch, float32 (N, C, H, W) and int64 (N,), and a penalty.
+
+        The penalty, a scalar, is added to the loss before the backward pass; the recorded loss is without it.
+        """
+        ...
+
+    def step(self) -> None:
+        """Take the attacker's own step: gradients of loss and penalty have reached whatever made the batch."""
+        ...
+
+
 def train(
     model: nn.Module,
     data: LabelledImages | PoisonedImages,
     config: TrainConfig | None = None,
     *,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy,
+    attacker: Attacker | None = None,
 ) -> Iterator[TrainStep]:
     """Train a model in place, yielding a record after every epoch.
 
@@ -144,6 +160,8 @@ def train(
         Of logits (N, K), labels (N,) and the boolean mask `PoisonedImages.poisoned` of these rows (N,), all
         False where `data` is not poisoned: cross-entropy by default, which ignores the mask. An attacker who
         controls the training knows it and may use it.
+    attacker
+        One who sits in the training loop and learns along with the model; by default there is none.
 
     Yields
     ------
@@ -202,6 +220,9 @@ def train(
                 x = to_float(images[rows])
                 x = augment(x, shift=config.shift, flip=config.flip, generator=generator)
                 y = labels[rows]
+                penalty: Tensor | float = 0.0
+                if attacker is not None:
+                    x, y, penalty = attacker.turn(x, y)
                 with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                     out = model(x.contiguous(memory_format=torch.channels_last))
                 if out.ndim != 2 or out.shape[1] < len(data.classes):
@@ -211,8 +232,10 @@ def train(
                 out = out.float()
                 value = loss(out, y, mask[rows])
                 optimiser.zero_grad()
-                value.backward()
+                (value + penalty).backward()
                 optimiser.step()
+                if attacker is not None:
+                    attacker.step()
                 schedule.step()
                 total += float(value.detach()) * len(rows)
                 correct += int((out.argmax(1) == y).sum())

@@ -88,12 +88,16 @@ class BackdoorAttack:
         poisoned[rows] = True
         return PoisonedImages(replace(train, images=images, labels=labels), poisoned, train.labels.clone())
 
-    def triggered(self, data: LabelledImages) -> TriggeredImages:
-        """Every image of a source class with the trigger, but for rows that are of their target already."""
+    def _turned(self, data: LabelledImages) -> tuple[Tensor, Tensor]:
+        """The rows of the source classes and their targets, but for rows that are of their target already."""
         sources = self._sources(data)
         targets = self._targets(data, sources)
         turned = targets != data.labels[sources]
-        rows, targets = sources[turned], targets[turned]
+        return sources[turned], targets[turned]
+
+    def triggered(self, data: LabelledImages) -> TriggeredImages:
+        """Every image of a source class with the trigger, but for rows that are of their target already."""
+        rows, targets = self._turned(data)
         if not len(rows):
             raise ValueError("data holds no image of the attack's source classes")
         return TriggeredImages(

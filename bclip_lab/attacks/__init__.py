@@ -1,18 +1,38 @@
 """Attacks: triggers, label maps, poisoning."""
 
-from bclip_lab.attacks.backdoor import BackdoorAttack
+from bclip_lab.attacks.backdoor import BackdoorAttack, Cover
 from bclip_lab.attacks.label_maps import AllToAll, AllToOne, LabelMap, ManyToOne, OneToOne
-from bclip_lab.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, Trigger
+from bclip_lab.attacks.sets import AttackSet
+from bclip_lab.attacks.triggers import (
+    BlendedTrigger,
+    CheckerboardTrigger,
+    CombinedTrigger,
+    MaskTrigger,
+    PartialTrigger,
+    PatchTrigger,
+    RandomTrigger,
+    SinusoidTrigger,
+    Trigger,
+    WarpTrigger,
+)
 
 __all__ = [
     "AllToAll",
     "AllToOne",
+    "AttackSet",
     "BackdoorAttack",
     "BlendedTrigger",
+    "CheckerboardTrigger",
+    "CombinedTrigger",
+    "Cover",
     "LabelMap",
     "ManyToOne",
+    "MaskTrigger",
     "OneToOne",
+    "PartialTrigger",
     "PatchTrigger",
+    "RandomTrigger",
     "SinusoidTrigger",
     "Trigger",
+    "WarpTrigger",
 ]

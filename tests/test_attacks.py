@@ -399,6 +399,10 @@ def test_a_combination_embeds_all_in_order() -> None:
     both = CombinedTrigger((BlendedTrigger(alpha=1.0), corner)).embed(images)
     assert torch.equal(both, corner.embed(BlendedTrigger(alpha=1.0).embed(images)))
     assert CombinedTrigger([corner]) == CombinedTrigger((corner,))  # type: ignore[arg-type]
+    # bytes are rounded once, not after every trigger
+    many = CombinedTrigger(tuple(BlendedTrigger(alpha=0.3, seed=seed) for seed in range(4)))
+    levels = many.embed(to_float(images)) * 255
+    assert float((levels - many.embed(images).float()).abs().max()) <= 0.5 + 1e-3
 
 
 def test_a_random_trigger_embeds_one_and_every_one_somewhere() -> None:

@@ -138,7 +138,7 @@ class BackdoorAttack:
         images, labels = train.data.images.clone(), train.data.labels.clone()
         poisoned, cover = train.poisoned.clone(), train.cover.clone()
         generator = torch.Generator().manual_seed(self.seed)
-        training_trigger = self.training_trigger or self.trigger
+        training_trigger = self.trigger if self.training_trigger is None else self.training_trigger
 
         sources = self._sources(clean)
         free = sources[~(poisoned | cover)[sources]]
@@ -153,7 +153,8 @@ class BackdoorAttack:
                 left[sources] = False
             owners = "the other classes" if self.cover.only_others else "the images that are not poisoned"
             rows = _draw("cover", self.cover.rate, len(clean), torch.nonzero(left).flatten(), owners, generator)
-            images[rows] = (self.cover.trigger or training_trigger).embed(clean.images[rows])
+            cover_trigger = training_trigger if self.cover.trigger is None else self.cover.trigger
+            images[rows] = cover_trigger.embed(clean.images[rows])
             cover[rows] = True
         return PoisonedImages(replace(clean, images=images, labels=labels), poisoned, clean.labels.clone(), cover)
 

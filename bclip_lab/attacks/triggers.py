@@ -1,4 +1,4 @@
-"""Triggers: what an attacker puts into an image. Each is a value; `embed` is deterministic."""
+"""Triggers: what an attacker puts into an image. Each is a value; `embed` is deterministic, image by image."""
 
 from __future__ import annotations
 

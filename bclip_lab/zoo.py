@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import hashlib
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -56,11 +57,17 @@ class Recipe:
 
 
 def describe(value: Any) -> Any:
-    """A nested frozen dataclass as JSON holds it, each with its kind."""
+    """A nested frozen dataclass as JSON holds it, each with its kind; a tensor by its shape and checksum.
+
+    Fields that are None are left out: one that is added later does not make the cards of before invalid.
+    """
     if dataclasses.is_dataclass(value):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **fields}
-    return builtins.list(value) if isinstance(value, tuple) else value
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__} | {k: describe(v) for k, v in fields.items() if v is not None}
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().numpy().tobytes()
+        return {"shape": builtins.list(value.shape), "sha256": hashlib.sha256(content).hexdigest()}
+    return [describe(item) for item in value] if isinstance(value, tuple) else value
 
 
 RECIPES: dict[str, Recipe] = {

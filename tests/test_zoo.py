@@ -1,5 +1,6 @@
 """The zoo: every shipped checkpoint loads, keeps its card's word, and is refused when damaged."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,17 @@ import pytest
 import torch
 
 from bclip_lab import zoo
+from bclip_lab.attacks import (
+    AllToOne,
+    AttackSet,
+    BackdoorAttack,
+    BlendedTrigger,
+    CombinedTrigger,
+    Cover,
+    MaskTrigger,
+    PatchTrigger,
+    WarpTrigger,
+)
 from bclip_lab.data.files import data_dir, load_tensors
 from bclip_lab.evaluation import evaluate
 from bclip_lab.training import TrainConfig, run
@@ -47,6 +59,27 @@ def test_a_card_tells_what_the_stored_model_does(name: str) -> None:
     for metric, value in checkpoint.card["metrics"].items():
         assert getattr(result, metric) == pytest.approx(value, abs=0.002)
     assert result.clean == checkpoint.card["counts"]["clean"]
+
+
+def test_a_description_leaves_out_none_and_names_what_is_nested() -> None:
+    drawn = MaskTrigger.from_drawing(["kw"], size=(4, 4))
+    attacks = AttackSet(
+        (
+            BackdoorAttack(CombinedTrigger((drawn, PatchTrigger())), AllToOne(target=0)),
+            BackdoorAttack(BlendedTrigger(), AllToOne(target=0), cover=Cover(0.2, WarpTrigger())),
+        )
+    )
+    first, second = zoo.describe(attacks)["attacks"]
+    assert "cover" not in first and "training_trigger" not in first and first["poison_rate"] == 0.1
+    mask, patch = first["trigger"]["triggers"]
+    assert (mask["kind"], patch["kind"]) == ("MaskTrigger", "PatchTrigger") and "_" not in patch
+    assert mask["pattern"]["shape"] == [3, 4, 4]
+    assert mask["mask"]["sha256"] == hashlib.sha256(drawn.mask.numpy().tobytes()).hexdigest()
+    assert second["cover"]["trigger"]["kind"] == "WarpTrigger" and "picture" not in second["trigger"]
+    assert json.loads(json.dumps(zoo.describe(attacks))) == zoo.describe(attacks)
+    moved = MaskTrigger.from_drawing(["wk"], size=(4, 4))
+    assert zoo.describe(moved) != zoo.describe(drawn) == zoo.describe(MaskTrigger(drawn.pattern, drawn.mask))
+    assert zoo.describe(None) is None
 
 
 def test_a_truncated_checkpoint_is_refused(own_zoo: Path) -> None:

@@ -1,18 +1,34 @@
 """Attacks: triggers, label maps, poisoning."""
 
-from bclip_lab.attacks.backdoor import BackdoorAttack
+from bclip_lab.attacks.backdoor import BackdoorAttack, Cover
 from bclip_lab.attacks.clean_label import CleanLabelAttack
 from bclip_lab.attacks.input_aware import DynamicTrigger, InputAwareAttack, InputAwareBackdoor, InputAwareStep
 from bclip_lab.attacks.label_maps import AllToAll, AllToOne, LabelMap, ManyToOne, OneToOne
 from bclip_lab.attacks.margin_limited import MarginLimitedAttack
-from bclip_lab.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, Trigger
+from bclip_lab.attacks.sets import AttackSet
+from bclip_lab.attacks.triggers import (
+    BlendedTrigger,
+    CheckerboardTrigger,
+    CombinedTrigger,
+    MaskTrigger,
+    PartialTrigger,
+    PatchTrigger,
+    RandomTrigger,
+    SinusoidTrigger,
+    Trigger,
+    WarpTrigger,
+)
 
 __all__ = [
     "AllToAll",
     "AllToOne",
+    "AttackSet",
     "BackdoorAttack",
     "BlendedTrigger",
+    "CheckerboardTrigger",
     "CleanLabelAttack",
+    "CombinedTrigger",
+    "Cover",
     "DynamicTrigger",
     "InputAwareAttack",
     "InputAwareBackdoor",
@@ -20,8 +36,12 @@ __all__ = [
     "LabelMap",
     "ManyToOne",
     "MarginLimitedAttack",
+    "MaskTrigger",
     "OneToOne",
+    "PartialTrigger",
     "PatchTrigger",
+    "RandomTrigger",
     "SinusoidTrigger",
     "Trigger",
+    "WarpTrigger",
 ]

@@ -212,12 +212,18 @@ class PoisonedImages:
     """A training set after the attack.
 
     `data` is what the victim trains on (labels as the attacker wants them), `poisoned` a boolean (N,) mask of
-    the rows that carry the trigger, `true_labels` the labels before the attack.
+    the rows that carry the trigger and the attacker's label, `true_labels` the labels before the attack. `cover`
+    is a mask of further rows, disjoint from these, that carry a trigger and their true label: none by default.
     """
 
     data: LabelledImages
     poisoned: Tensor
     true_labels: Tensor
+    cover: Tensor = None  # type: ignore[assignment]  # a tensor once made
+
+    def __post_init__(self) -> None:
+        if self.cover is None:
+            object.__setattr__(self, "cover", torch.zeros_like(self.poisoned))
 
     def __len__(self) -> int:
         return len(self.data)

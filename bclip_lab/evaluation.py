@@ -257,4 +257,5 @@ class Visibility:
                     ]
                 )
             )
-        return cls(*torch.cat(parts, 1).double().mean(1).tolist(), images=len(clean))
+        l_inf, l_2, changed, psnr, ssim = torch.cat(parts, 1).double().mean(1).tolist()
+        return cls(l_inf, l_2, changed, psnr, ssim, len(clean))

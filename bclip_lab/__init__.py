@@ -30,7 +30,7 @@ from bclip_lab.clipping import ClippedModel, abnormality, load_bounds, save_boun
 from bclip_lab.data import LabelledImages, PoisonedImages, Splits, TriggeredImages
 from bclip_lab.defenses import MMACConfig, MMACStep, MMBMConfig, MMBMStep, mmac, mmbm
 from bclip_lab.detection import MMBD, MMDF
-from bclip_lab.evaluation import Evaluation, RocCurve, evaluate
+from bclip_lab.evaluation import Evaluation, RocCurve, Visibility, evaluate
 from bclip_lab.margins import MaximumMarginConfig, classification_margins, maximum_margin_images
 from bclip_lab.models import logits
 from bclip_lab.training import TrainConfig, TrainStep, run, train
@@ -72,6 +72,7 @@ __all__ = [
     "TrainConfig",
     "TrainStep",
     "TriggeredImages",
+    "Visibility",
     "WarpTrigger",
     "abnormality",
     "classification_margins",

@@ -1,17 +1,20 @@
-"""ACC, ASR and RA of a model, and the ROC of a detector."""
+"""ACC, ASR and RA of a model, the ROC of a detector, and how visible a trigger is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages
+from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages, check_images, to_float
 from bclip_lab.models import logits
 
-__all__ = ["Evaluation", "RocCurve", "evaluate"]
+__all__ = ["Evaluation", "RocCurve", "Visibility", "evaluate"]
+
+_BATCH = 500  # images at once in `Visibility.from_images`; memory is bounded by it
 
 
 @dataclass(frozen=True)
@@ -161,3 +164,98 @@ class RocCurve:
     def rates_at(self, threshold: float) -> tuple[float, float]:
         """False- and true-positive rate where images scoring above `threshold` are called triggered."""
         return float((self.clean > threshold).mean()), float((self.triggered > threshold).mean())
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """How much a trigger changes images: norms, and two measures of likeness.
+
+    Of every image x in [0, 1] with its triggered copy x' the following is taken; a field is its mean over the images.
+
+    l_inf
+        max |x' - x|, the largest change of a value, in units of the range [0, 1].
+    l_2
+        sqrt(sum (x' - x)^2) over all values of an image, in the same units; it grows with the image's size.
+    changed
+        Share of pixels that differ in any channel.
+    psnr
+        Peak signal-to-noise ratio, 10 log10(1 / mean (x' - x)^2), in dB: higher is fainter. +inf where x' is x, so a
+        single unchanged image makes the mean +inf. It is taken image by image, since an onlooker sees one image at a
+        time; the ratio of a whole batch would follow its most changed images.
+    ssim
+        Structural similarity (Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity",
+        IEEE Transactions on Image Processing 13(4), 2004): means, variances and covariance in a Gaussian window of
+        11x11 pixels and standard deviation 1.5, each channel by itself. At most 1, which is x' = x.
+    images
+        How many images the means are over.
+
+    Both measures are torchmetrics' (`torchmetrics.functional.image`), with its defaults and a data range of 1.
+
+    Examples
+    --------
+    >>> Visibility(l_inf=0.2, l_2=1.5, changed=0.5, psnr=31.25, ssim=0.95, images=10)
+    Visibility(L-inf 0.200, L2 1.50, changed 50.0 %, PSNR 31.2 dB, SSIM 0.950 of 10)
+    """
+
+    l_inf: float
+    l_2: float
+    changed: float
+    psnr: float
+    ssim: float
+    images: int
+
+    def __repr__(self) -> str:
+        return (
+            f"Visibility(L-inf {self.l_inf:.3f}, L2 {self.l_2:.2f}, changed {self.changed * 100:.1f} %, "
+            f"PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.3f} of {self.images})"
+        )
+
+    @classmethod
+    def from_images(cls, clean: Tensor, triggered: Tensor) -> Visibility:
+        """Compare images (N, C, H, W), uint8 or float32 in [0, 1], with their triggered copies.
+
+        Raises
+        ------
+        ValueError
+            No images, a wrong dtype or range, copies of another shape or dtype, or images with a side below 6 pixels:
+            the window of SSIM does not fit.
+
+        Examples
+        --------
+        >>> from bclip_lab.attacks import CheckerboardTrigger
+        >>> grey = torch.full((4, 3, 8, 8), 0.5)
+        >>> Visibility.from_images(grey, CheckerboardTrigger(delta=0.1).embed(grey))
+        Visibility(L-inf 0.100, L2 0.98, changed 50.0 %, PSNR 23.0 dB, SSIM 0.264 of 4)
+        """
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+        check_images(clean, "clean")
+        check_images(triggered, "triggered")
+        if triggered.shape != clean.shape or triggered.dtype != clean.dtype:
+            raise ValueError(
+                f"triggered must be as clean, {clean.dtype} {tuple(clean.shape)}, "
+                f"got {triggered.dtype} {tuple(triggered.shape)}"
+            )
+        if not len(clean):
+            raise ValueError("clean is empty")
+        if min(clean.shape[-2:]) < 6:
+            raise ValueError(f"clean must be images of at least 6x6 pixels, got {clean.shape[-2]}x{clean.shape[-1]}")
+        parts = []
+        for before, after in zip(clean.split(_BATCH), triggered.split(_BATCH), strict=True):
+            before, after = to_float(before), to_float(after)
+            change = (after - before).abs()
+            likeness = structural_similarity_index_measure(after, before, data_range=1.0, reduction="none")
+            assert isinstance(likeness, Tensor)  # a pair only where the picture of it is asked for, too
+            parts.append(
+                torch.stack(
+                    [
+                        change.amax((1, 2, 3)),
+                        change.square().sum((1, 2, 3)).sqrt(),
+                        change.any(1).float().mean((1, 2)),
+                        peak_signal_noise_ratio(after, before, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+                        likeness,
+                    ]
+                )
+            )
+        l_inf, l_2, changed, psnr, ssim = torch.cat(parts, 1).double().mean(1).tolist()
+        return cls(l_inf, l_2, changed, psnr, ssim, len(clean))

@@ -32,10 +32,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bclip_lab.attacks import Trigger
 from bclip_lab.clipping import ClippedModel, abnormality
 from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages, check_images, to_float
 from bclip_lab.detection import MMBD
-from bclip_lab.evaluation import Evaluation, RocCurve
+from bclip_lab.evaluation import Evaluation, RocCurve, Visibility
 from bclip_lab.margins import classification_margins
 from bclip_lab.models import logits
 
@@ -52,6 +53,7 @@ __all__ = [
     "MaximumMarginDisplay",
     "RocDisplay",
     "ScoreDisplay",
+    "TriggerGalleryDisplay",
     "live",
 ]
 
@@ -291,12 +293,11 @@ class GalleryDisplay:
         clean = _pixels(data.images[made.rows[picked]], "data")
         difference = triggered - clean
         if magnify is None:
-            largest = float(np.abs(difference).max())
-            magnify = max(1, math.floor(0.5 / largest + 1e-6)) if largest else 1
+            magnify = _magnification(difference)
         targets = made.targets.tolist()
         titles = [f"{made.classes[labels[i]]}\n→ {made.classes[targets[i]]}" for i in picked]
         return cls(
-            np.concatenate([clean, triggered, np.clip(0.5 + magnify * difference, 0, 1)]),
+            np.concatenate([clean, triggered, _about_grey(difference, magnify)]),
             len(picked),
             (*titles, *[""] * (2 * len(picked))),
             ("clean", "triggered", f"difference\n×{magnify:g}"),
@@ -326,6 +327,129 @@ class GalleryDisplay:
             ax.set_ylabel(label, fontsize=_LABEL, rotation=0, ha="right", va="center")
         _keep(self, axes_=grid, figure_=grid[0, 0].figure)
         return self
+
+
+@dataclass(frozen=True, eq=False)
+class TriggerGalleryDisplay:
+    """Several triggers on the same image, what each of them changes there, and how visible they are.
+
+    `clean` float64 (H, W, C) in [0, 1], one image; `triggered` (T, H, W, C), its copies with each trigger of `names`;
+    `difference` (T, H, W, C), triggered - clean, in [-1, 1]; `magnified` (T,), the factor by which each difference is
+    shown about mid-grey: 0.5 + magnified * difference; `visibility`, of each trigger over *all* images given.
+    """
+
+    names: tuple[str, ...]
+    clean: Floats = field(repr=False)
+    triggered: Floats = field(repr=False)
+    difference: Floats = field(repr=False)
+    magnified: tuple[int, ...] = field(repr=False)
+    visibility: tuple[Visibility, ...] = field(repr=False)
+    ax_: Axes = field(init=False, repr=False)
+    figure_: Figure | SubFigure = field(init=False, repr=False)
+
+    @classmethod
+    def from_triggers(cls, triggers: Mapping[str, Trigger], images: Images, shown: int = 0) -> TriggerGalleryDisplay:
+        """Embed each of the named triggers in images (N, C, H, W), grey or RGB.
+
+        Parameters
+        ----------
+        triggers
+            Anything with a method `embed`, by name, in the order of the rows.
+        images
+            Clean images: the numbers are means over all of them.
+        shown
+            Which of the images is shown: the first one by default.
+
+        Every difference is magnified by the largest whole number, at least 1, that leaves all of its pixels in range.
+
+        Raises
+        ------
+        ValueError
+            No trigger, no such image, images of neither 1 nor 3 channels or with a side below 6 pixels, or whatever a
+            trigger raises.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from bclip_lab.attacks import CheckerboardTrigger, PatchTrigger
+        >>> triggers = {"patch": PatchTrigger(), "checkerboard": CheckerboardTrigger(delta=0.1)}
+        >>> display = TriggerGalleryDisplay.from_triggers(triggers, torch.full((2, 3, 8, 8), 0.5))
+        >>> display.magnified, [round(found.changed, 2) for found in display.visibility]
+        ((1, 5), [0.14, 0.5])
+        """
+        if not triggers:
+            raise ValueError("triggers is empty")
+        tensor = _tensor(images, "images")
+        if not 0 <= shown < len(tensor):
+            raise ValueError(f"shown must lie in [0, {len(tensor)}), got {shown}")
+        clean = _pixels(tensor[shown : shown + 1], "images")[0]
+        triggered, visibility = [], []
+        for name, trigger in triggers.items():
+            embedded = trigger.embed(tensor)
+            visibility.append(Visibility.from_images(tensor, embedded))
+            triggered.append(_pixels(embedded[shown : shown + 1], name)[0])
+        copies = np.stack(triggered)
+        difference = copies - clean
+        factors = tuple(_magnification(own) for own in difference)
+        return cls(tuple(triggers), clean, copies, difference, factors, tuple(visibility))
+
+    def plot(self, ax: Axes | None = None) -> TriggerGalleryDisplay:
+        """Draw on `ax`, or on a new figure of pyplot: a row a trigger; three pictures, then the numbers."""
+        height = self.clean.shape[0] / self.clean.shape[1]  # of a picture that is one unit wide
+        pitch = height + 0.08
+        rows = len(self.names)
+        ax = _axes(ax, 10, 0.92 * pitch * rows + 0.9)
+        columns = {
+            0.5: "clean",
+            1.58: "triggered",
+            2.66: "difference",
+            3.65: "magnified",
+            4.65: "pixels\nchanged",
+            5.5: r"$L_\infty$",
+            6.3: "$L_2$",
+            7.15: "PSNR\nin dB",
+            8.0: "SSIM",
+        }
+        places = list(columns)
+        for row, (copy, change, factor, found) in enumerate(
+            zip(self.triggered, self.difference, self.magnified, self.visibility, strict=True)
+        ):
+            top = row * pitch
+            for place, picture in zip(places, (self.clean, copy, _about_grey(change, factor)), strict=False):
+                picture = picture[..., 0] if picture.shape[-1] == 1 else picture
+                extent = (place - 0.5, place + 0.5, top + height, top)
+                ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+            numbers = (
+                f"×{factor}",
+                f"{found.changed:.1%}",
+                f"{found.l_inf:.3f}",
+                f"{found.l_2:.2f}",
+                f"{found.psnr:.1f}" if math.isfinite(found.psnr) else "∞",
+                f"{found.ssim:.3f}",
+            )
+            for place, number in zip(places[3:], numbers, strict=True):
+                ax.text(place, top + height / 2, number, ha="center", va="center", fontsize=_TICK)
+        ax.set(xlim=(0, 8.4), ylim=(rows * pitch, -0.04))
+        images = self.visibility[0].images
+        _label(ax, f"Triggers on one image (numbers: mean over {images} images)", "", "")
+        ax.set_xticks(places, list(columns.values()))
+        ax.set_yticks([row * pitch + height / 2 for row in range(rows)], self.names)
+        ax.tick_params(length=0, labeltop=True, labelbottom=False)
+        ax.spines[:].set_visible(False)
+        _keep(self, ax_=ax, figure_=ax.figure)
+        return self
+
+
+def _magnification(difference: Floats) -> int:
+    """The largest whole number, at least 1, by which a difference stays within half the range."""
+    largest = float(np.abs(difference).max())
+    return max(1, math.floor(0.5 / largest + 1e-3)) if largest else 1  # a little more: float32 has rounded
+
+
+def _about_grey(difference: Floats, magnify: float) -> Floats:
+    """A difference as it is shown: where nothing changes, mid-grey."""
+    shown: Floats = np.clip(0.5 + magnify * difference, 0, 1)
+    return shown
 
 
 def _pixels(images: Images, name: str) -> Floats:

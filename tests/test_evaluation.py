@@ -1,4 +1,4 @@
-"""bclip_lab.evaluation: ACC, ASR and RA by hand, and the ROC."""
+"""bclip_lab.evaluation: ACC, ASR and RA by hand, the ROC, and how visible a trigger is."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from torch import Tensor, nn
 
 from bclip_lab.attacks import AllToAll, AllToOne, BackdoorAttack, OneToOne
 from bclip_lab.data.images import LabelledImages, TriggeredImages
-from bclip_lab.evaluation import Evaluation, RocCurve, evaluate
+from bclip_lab.evaluation import Evaluation, RocCurve, Visibility, evaluate
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -189,3 +190,97 @@ def test_missing_and_infinite_scores_are_refused(clean: list[float], triggered: 
 def test_a_rate_outside_its_range_is_refused(fpr: float) -> None:
     with pytest.raises(ValueError, match=r"fpr must lie in \[0, 1\], got"):
         RocCurve([0], [1]).tpr_at(fpr)
+
+
+# --- visibility ---
+
+
+def flat(*values: float, channels: int = 3) -> Tensor:
+    """Images of 8x8 pixels, each of one grey."""
+    return torch.tensor(values)[:, None, None, None].expand(-1, channels, 8, 8).clone()
+
+
+def test_visibility_of_a_shift_by_hand() -> None:
+    found = Visibility.from_images(flat(0.5), flat(0.6))
+    assert found.l_inf == pytest.approx(0.1, rel=1e-5) and found.l_2 == pytest.approx(0.1 * math.sqrt(3 * 64), rel=1e-5)
+    assert (found.changed, found.images) == (1, 1)
+    assert found.psnr == pytest.approx(20, rel=1e-5)  # mean square 0.01
+    # flat images have no variance: what is left of SSIM is the likeness of their means
+    assert found.ssim == pytest.approx((2 * 0.5 * 0.6 + 1e-4) / (0.5**2 + 0.6**2 + 1e-4), rel=1e-5)
+
+
+def test_visibility_of_one_pixel_by_hand() -> None:
+    clean = flat(0.5)
+    triggered = clean.clone()
+    triggered[0, :2, 3, 4] = torch.tensor([0.2, 0.9])  # two channels of a pixel are one changed pixel
+    found = Visibility.from_images(clean, triggered)
+    assert found.changed == pytest.approx(1 / 64)
+    assert found.l_inf == pytest.approx(0.4) and found.l_2 == pytest.approx(0.5)
+    assert found.psnr == pytest.approx(10 * math.log10(192 / 0.25))
+
+
+def test_visibility_is_taken_image_by_image_then_averaged() -> None:
+    clean = flat(0.5, 0.5)
+    found = Visibility.from_images(clean, flat(0.6, 0.51))
+    assert found.psnr == pytest.approx((20 + 40) / 2, rel=1e-4)  # of the batch as a whole: 23
+    assert found.l_inf == pytest.approx((0.1 + 0.01) / 2, rel=1e-4)
+    assert found.l_2 == pytest.approx(math.sqrt(192) * (0.1 + 0.01) / 2, rel=1e-4)
+    parts = [Visibility.from_images(clean[:1], flat(value)) for value in (0.6, 0.51)]
+    assert found.ssim == pytest.approx(sum(part.ssim for part in parts) / 2)
+
+
+def test_ssim_is_that_of_the_paper() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand((1, 3, 16, 12), generator=generator)
+    triggered = (0.7 * clean + 0.3 * torch.rand(clean.shape, generator=generator)).clamp(0, 1)
+
+    def window(values: np.ndarray) -> np.ndarray:
+        return np.stack([ndimage.gaussian_filter(v, 1.5, mode="mirror", truncate=3.5) for v in values])
+
+    x, y = clean[0].double().numpy(), triggered[0].double().numpy()
+    mean_x, mean_y = window(x), window(y)
+    covariance = window(x * y) - mean_x * mean_y
+    variances = window(x * x) - mean_x**2 + window(y * y) - mean_y**2
+    index = (2 * mean_x * mean_y + 0.01**2) * (2 * covariance + 0.03**2)
+    index /= (mean_x**2 + mean_y**2 + 0.01**2) * (variances + 0.03**2)
+    assert Visibility.from_images(clean, triggered).ssim == pytest.approx(index.mean(), abs=1e-5)
+
+
+def test_what_does_not_change_is_invisible() -> None:
+    images = torch.rand((2, 1, 8, 9), generator=torch.Generator().manual_seed(0))
+    found = Visibility.from_images(images, images.clone())
+    assert (found.l_inf, found.l_2, found.changed, found.psnr) == (0, 0, 0, math.inf)
+    assert found.ssim == pytest.approx(1)
+    half = Visibility.from_images(flat(0.5, 0.5), flat(0.5, 0.6))
+    assert half.psnr == math.inf and half.changed == 0.5  # one unchanged image is enough
+
+
+def test_visibility_of_bytes_is_that_of_floats() -> None:
+    clean = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    triggered = clean.clone()
+    triggered[..., 2:4] = 255 - triggered[..., 2:4]  # in bytes a difference would wrap around
+    before = clean.clone(), triggered.clone()
+    assert Visibility.from_images(clean, triggered) == Visibility.from_images(clean / 255, triggered / 255)
+    assert torch.equal(clean, before[0]) and torch.equal(triggered, before[1])
+
+
+def test_visibility_of_many_images_is_the_mean_over_all_of_them() -> None:
+    triggered = flat(*[0.6] * 500, 0.7, channels=1)  # more than one batch
+    found = Visibility.from_images(flat(*[0.5] * 501, channels=1), triggered)
+    assert found.images == 501 and found.l_inf == pytest.approx((500 * 0.1 + 0.2) / 501, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("clean", "triggered", "message"),
+    [
+        (flat(0.5), flat(0.5, 0.5), r"triggered must be as clean, torch.float32 \(1, 3, 8, 8\), got .* \(2, 3, 8, 8\)"),
+        (flat(0.5), flat(0.5).byte(), "triggered must be as clean, .* got torch.uint8"),
+        (flat(0.5), flat(1.5), r"triggered of dtype float32 must lie in \[0, 1\]"),
+        (flat(0.5)[0], flat(0.5)[0], r"clean must have shape \(N, C, H, W\)"),
+        (flat(), flat(), "clean is empty"),
+        (flat(0.5)[..., :5], flat(0.5)[..., :5], "clean must be images of at least 6x6 pixels, got 8x5"),
+    ],
+)
+def test_visibility_refuses(clean: Tensor, triggered: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Visibility.from_images(clean, triggered)

@@ -1,11 +1,12 @@
-"""`import bclip_lab` stays light: no plotting, no notebook, no torchvision."""
+"""`import bclip_lab` stays light: no plotting, no notebook, no torchvision, no torchmetrics."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("matplotlib", "seaborn", "ipywidgets", "jupyter", "ipykernel", "nbformat", "IPython", "torchvision")
+HEAVY = ("matplotlib", "seaborn", "ipywidgets", "jupyter", "ipykernel", "nbformat", "IPython")
+HEAVY += ("torchvision", "torchmetrics")
 
 
 def test_import_is_light():

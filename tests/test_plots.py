@@ -24,7 +24,7 @@ from bclip_lab import plots
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, TriggeredImages
 from bclip_lab.detection import MMBD, MMDF
-from bclip_lab.evaluation import Evaluation, RocCurve
+from bclip_lab.evaluation import Evaluation, RocCurve, Visibility
 from bclip_lab.plots import (
     CLEAN,
     TRIGGERED,
@@ -38,6 +38,7 @@ from bclip_lab.plots import (
     MaximumMarginDisplay,
     RocDisplay,
     ScoreDisplay,
+    TriggerGalleryDisplay,
     live,
 )
 
@@ -112,9 +113,12 @@ def close_to(expected):
 
 def displays():
     evaluation = Evaluation(0.9, 0.5, 0.25, 100, 80)
-    numbers = np.array([0.0, 1.0, 2.0])
+    numbers, image = np.array([0.0, 1.0, 2.0]), np.zeros((2, 2, 3))
     return [
         GalleryDisplay(np.zeros((1, 2, 2, 3)), 1),
+        TriggerGalleryDisplay(
+            ("patch",), image, image[None], 0 * image[None], (1,), (Visibility(0, 0, 0, math.inf, 1, images=9),)
+        ),
         ActivationDisplay("relu", 0, numbers, numbers, 1.5),
         AbnormalityDisplay({"relu": numbers}),
         BoundsDisplay({"relu": numbers}),
@@ -237,6 +241,91 @@ def test_gallery_sees_all_classes_of_images_sorted_by_class():
 def test_gallery_refuses(call, message, data):
     with pytest.raises(ValueError, match=message):
         call(data)
+
+
+@dataclass(frozen=True)
+class Redder:
+    """A trigger with a known answer: red changes by `by` in the left half."""
+
+    by: float
+
+    def embed(self, images):
+        triggered = images.clone()
+        triggered[:, 0, :, : images.shape[3] // 2] += self.by
+        return triggered
+
+
+def shown(ax):
+    return [np.asarray(image.get_array()) for image in ax.images]
+
+
+def test_trigger_gallery_shows_every_trigger_on_the_same_image():
+    images = torch.tensor([0.25, 0.5])[:, None, None, None].expand(2, 3, 6, 8).clone()
+    before = images.clone()
+    display = TriggerGalleryDisplay.from_triggers({"faint": Redder(0.02), "strong": Redder(0.4)}, images, shown=1)
+    assert torch.equal(images, before)
+    assert display.names == ("faint", "strong") and display.magnified == (25, 1)
+    ax = display.plot(axes()).ax_
+    left = [array[0, 0] for array in shown(ax)]
+    right = [array[0, -1] for array in shown(ax)]
+    assert [array.shape for array in shown(ax)] == [(6, 8, 3)] * 6
+    for clean in (left[0], left[3], *(right[i] for i in (0, 1, 3, 4))):
+        assert clean == close_to([0.5, 0.5, 0.5])
+    assert left[1] == close_to([0.52, 0.5, 0.5]) and left[4] == close_to([0.9, 0.5, 0.5])
+    # both differences as far from grey as the range allows; what does not change is grey
+    assert left[2] == close_to([1, 0.5, 0.5]) and left[5] == close_to([0.9, 0.5, 0.5])
+    assert right[2] == close_to([0.5, 0.5, 0.5]) and right[5] == close_to([0.5, 0.5, 0.5])
+
+
+def test_trigger_gallery_keeps_the_sign_of_a_difference():
+    images = torch.full((1, 3, 6, 8), 0.5)
+    display = TriggerGalleryDisplay.from_triggers({"less": Redder(-0.1)}, images)
+    assert display.difference[0, 0, 0] == close_to([-0.1, 0, 0])
+    assert shown(display.plot(axes()).ax_)[2][0, 0] == close_to([0, 0.5, 0.5])
+
+
+def test_trigger_gallery_prints_the_numbers_of_all_images():
+    images = torch.full((3, 3, 6, 8), 0.5)
+    display = TriggerGalleryDisplay.from_triggers({"none": Redder(0), "shift": Redder(0.1)}, images)
+    assert display.visibility[1] == Visibility.from_images(images, Redder(0.1).embed(images))
+    ax = display.plot(axes()).ax_
+    texts = [text.get_text() for text in ax.texts]
+    # mean square 0.1^2 / 6, as one of three channels changes in one half
+    assert texts[:6] == ["×1", "0.0%", "0.000", "0.00", "∞", "1.000"]
+    assert texts[6:11] == ["×5", "50.0%", "0.100", "0.49", "27.8"] and float(texts[11]) < 1
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["none", "shift"]
+    heads = [label.get_text() for label in ax.get_xticklabels()]
+    assert heads[:4] == ["clean", "triggered", "difference", "magnified"] and heads[-1] == "SSIM"
+    # a number stands under its head and beside its own pictures
+    assert [text.get_position()[0] for text in ax.texts] == close_to([*ax.get_xticks()[3:]] * 2)
+    for row, place in enumerate(ax.get_yticks()):
+        assert {text.get_position()[1] for text in ax.texts[6 * row : 6 * row + 6]} == {place}
+        bottom, top = ax.images[3 * row].get_extent()[2:]
+        assert top < place < bottom
+    assert "3 images" in ax.get_title()
+
+
+def test_trigger_gallery_of_grey_and_of_labelled_images():
+    data = LabelledImages(torch.full((2, 1, 6, 6), 128, dtype=torch.uint8), torch.tensor([0, 1]), CLASSES)
+    ax = TriggerGalleryDisplay.from_triggers({"same": Redder(0)}, data).plot(axes()).ax_
+    assert [array.shape for array in shown(ax)] == [(6, 6)] * 3
+    assert {image.get_clim() for image in ax.images} == {(0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("triggers", "images", "shown", "message"),
+    [
+        ({}, torch.zeros(1, 3, 6, 6), 0, "triggers is empty"),
+        ({"same": Redder(0)}, torch.zeros(0, 3, 6, 6), 0, "images is empty"),
+        ({"same": Redder(0)}, torch.zeros(2, 3, 6, 6), 2, r"shown must lie in \[0, 2\), got 2"),
+        ({"same": Redder(0)}, torch.zeros(2, 3, 6, 6), -1, r"shown must lie in \[0, 2\), got -1"),
+        ({"same": Redder(0)}, torch.zeros(1, 2, 6, 6), 0, "1 or 3 channels to be shown, got 2"),
+        ({"same": Redder(0)}, torch.zeros(1, 3, 5, 6), 0, "at least 6x6 pixels, got 5x6"),
+    ],
+)
+def test_trigger_gallery_refuses(triggers, images, shown, message):
+    with pytest.raises(ValueError, match=message):
+        TriggerGalleryDisplay.from_triggers(triggers, images, shown)
 
 
 # --- activations and bounds ---------------------------------------------------------------------------------

@@ -21,6 +21,17 @@ import torch
 from torch import nn
 
 from bclip_lab import zoo
+from bclip_lab.attacks import (
+    AllToAll,
+    AllToOne,
+    AttackSet,
+    BackdoorAttack,
+    BlendedTrigger,
+    Cover,
+    MarginLimitedAttack,
+    PatchTrigger,
+    WarpTrigger,
+)
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.files import data_dir, write_bytes
 from bclip_lab.data.images import Attack, LabelledImages, Splits
@@ -31,6 +42,7 @@ from bclip_lab.evaluation import RocCurve, evaluate
 
 __all__ = [
     "DEFENCES",
+    "IMAGE_ATTACKS",
     "judge_model",
     "measure",
     "read",
@@ -41,6 +53,8 @@ __all__ = [
     "write",
 ]
 
+_TPR = "tpr_at_fpr_0.01"
+
 Fit = Callable[[ClippedModel, LabelledImages, int], Iterator[Any]]
 
 # The stem's and the first two stages' last activations of a lab ResNet, as the authors' code bounds them (MM-BM).
@@ -50,6 +64,19 @@ DEFENCES: dict[str, Fit] = {
     "mmac": lambda clipped, clean, seed: mmac(clipped, clean, MMACConfig(seed=seed)),
     "mmac-published": lambda clipped, clean, seed: mmac(clipped, clean, MMACConfig.published(seed=seed)),
     "mm-bm": lambda clipped, clean, seed: mmbm(clipped, clean, MMBMConfig(sites=_EARLY, seed=seed)),
+}
+
+
+_FIRST = AllToOne(target=0)
+_WARP, _NOISY_WARP = WarpTrigger(strength=1.0), WarpTrigger(strength=1.0, noise=2.0)
+
+# Attacks on one's own images: of the number of classes and the poison rate.
+IMAGE_ATTACKS: dict[str, Callable[[int, float], BackdoorAttack | MarginLimitedAttack]] = {
+    "patch": lambda classes, rate: BackdoorAttack(PatchTrigger(), _FIRST, rate),
+    "blended": lambda classes, rate: BackdoorAttack(BlendedTrigger(), _FIRST, rate),
+    "all-to-all": lambda classes, rate: BackdoorAttack(PatchTrigger(), AllToAll(classes), rate),
+    "warp": lambda classes, rate: BackdoorAttack(_WARP, _FIRST, rate, cover=Cover(2 * rate, _NOISY_WARP)),
+    "margin-limited": lambda classes, rate: MarginLimitedAttack(BackdoorAttack(PatchTrigger(), _FIRST, rate)),
 }
 
 
@@ -71,7 +98,8 @@ def measure(
     Yields an empty record after every epoch of the fit, so that a caller can show progress, and at last the row:
     ACC, ASR, RA before and after; RA's ceiling (the accuracy of `clean_model` on the same triggered images);
     MMDF's AUROC, its TPR and FPR at the Gaussian threshold, and its accuracy on triggered images after
-    correction; the seconds of the fit; and the fit's history.
+    correction; for every attack of an `AttackSet` ACC, ASR and RA before and after; the seconds of the fit; and the
+    fit's history.
 
     Raises
     ------
@@ -94,6 +122,12 @@ def measure(
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["history"] = history
     row["after"] = _plain(evaluate(clipped, splits.test, attack))
+    if isinstance(attack, AttackSet):
+        judged = {"before": model, "after": clipped}
+        row["each"] = [
+            {when: _plain(evaluate(judge, splits.test, part)) for when, judge in judged.items()}
+            for part in attack.attacks
+        ]
     detector = MMDF(clipped).fit(splits.calibration)
     clean_scores = detector.score(splits.test)
     row["mmdf"] = {
@@ -107,7 +141,7 @@ def measure(
         row["mmdf"] |= {
             "auroc": curve.auroc,
             "tpr": curve.rates_at(detector.threshold_)[1],
-            "tpr_at_fpr_0.01": curve.tpr_at(0.01),
+            _TPR: curve.tpr_at(0.01),
             "ra_corrected": float((decisions.corrected == triggered.true_labels.cpu()).float().mean()),
         }
         if clean_model is not None:
@@ -230,14 +264,35 @@ def tables() -> dict[str, str]:
         for row in found("mm-bd", f"{name}-{recipe.seeds[0]}")
     ]
     made["mm-bd"] = _grid(("model", "margin of the largest class", "the other classes", "p", "verdict"), verdicts)
+    made["attacks"] = _grid(_ATTACKS_HEADER, [_attacked(name) for name in zoo.RECIPES if zoo.RECIPES[name].attack])
     for images in ("cifar10",):
         rows = []
-        for attack in ("patch", "blended"):
+        for attack in IMAGE_ATTACKS:
             for defence in DEFENCES:
                 if fits := found(images, f"{attack}-{defence}-fit-*"):
                     rows.append([*_defended(f"{attack}, {defence}", fits), _seconds(fits)])
         made[images] = _grid((*_HEADER, "seconds: training, fit"), rows)
     return made
+
+
+_ATTACKS_HEADER = (
+    "attack", "before: ACC / ASR / RA", "MM-BD", "published: ACC / ASR / RA", "default: ACC", "ASR", "RA",
+    "ceiling of RA", "MMDF AUROC", "TPR at FPR .01",
+)  # fmt: skip
+
+
+def _attacked(name: str) -> list[str]:
+    """A shipped checkpoint's row in the table of attacks."""
+    seed = zoo.RECIPES[name].seeds[0]
+    default, published = (found(defence, f"{name}-{seed}-fit-*") for defence in ("mmac", "mmac-published"))
+    verdict = found("mm-bd", f"{name}-{seed}")
+    before, after = (
+        " / ".join(_cell(rows, when, metric) for metric in ("acc", "asr", "ra"))
+        for rows, when in ((default[:1], "before"), (published, "after"))
+    )
+    cells = [name, before, _verdict(name, verdict[0])[-1] if verdict else "–", after if published else "–"]
+    cells += [_cell(default, "after", metric) for metric in ("acc", "asr", "ra")]
+    return [*cells, _cell(default[:1], "ra_ceiling"), _cell(default, "mmdf", "auroc"), _cell(default, "mmdf", _TPR)]
 
 
 def found(folder: str, pattern: str) -> list[dict[str, Any]]:

@@ -7,23 +7,27 @@ import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from bclip_lab import benchmark, zoo
-from bclip_lab.attacks import AllToOne, BackdoorAttack, BlendedTrigger, PatchTrigger
+from bclip_lab.attacks import MarginLimitedAttack
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data import image_folder
 from bclip_lab.data.files import data_dir, write_bytes
 from bclip_lab.evaluation import Evaluation
-from bclip_lab.models import resnet10
-from bclip_lab.training import TrainConfig, run, train
+from bclip_lab.margins import classification_margins
+from bclip_lab.models import logits, resnet10
+from bclip_lab.training import TrainConfig, run
 
 __all__ = ["main"]
 
 FIT_SEEDS = (0, 1, 2)
+# strength and margin of the attackers of `sweep`
+SWEEP = ((0.0, 5.0), (0.03, 5.0), (0.1, 5.0), (0.3, 5.0), (1.0, 5.0), (0.1, 2.0), (0.3, 2.0), (1.0, 2.0))
 
 
 def _show(steps: Iterable[Any], label: str) -> Iterator[Any]:
@@ -75,17 +79,17 @@ def _line(row: dict[str, Any]) -> str:
 
 def _images(arguments: argparse.Namespace) -> None:
     splits = image_folder(arguments.path, per_class=arguments.per_class)
-    trigger = PatchTrigger() if arguments.attack == "patch" else BlendedTrigger()
-    attack = BackdoorAttack(trigger, AllToOne(target=0), poison_rate=arguments.poison_rate)
-    config = TrainConfig(epochs=arguments.epochs, flip=arguments.flip, seed=arguments.seed)
+    attack = benchmark.IMAGE_ATTACKS[arguments.attack](len(splits.classes), arguments.poison_rate)
+    config = TrainConfig(epochs=arguments.epochs, flip=arguments.flip)
     models = {}
     seconds = {}
-    for name, data in (("attacked", attack.poison(splits.train)), ("clean", splits.train)):
+    for name, recipe in (("attacked", zoo.Recipe(attack, config=config)), ("clean", zoo.Recipe(None, config=config))):
         if name == "clean" and not arguments.ceiling:
             continue
         models[name] = resnet10(len(splits.classes), seed=arguments.seed, channels=splits.train.images.shape[1])
+        data = recipe.poisoned(splits.train)
         start = time.perf_counter()
-        run(_show(train(models[name], data, config), f"train {name}"))
+        run(_show(recipe.steps(models[name], data, arguments.seed), f"train {name}"))
         seconds[name] = round(time.perf_counter() - start, 1)
     for defence in arguments.defences:
         for seed in FIT_SEEDS if defence == "mmac" else FIT_SEEDS[:1]:
@@ -97,6 +101,25 @@ def _images(arguments: argparse.Namespace) -> None:
     verdict = benchmark.judge_model(models["attacked"], splits.defender)
     benchmark.write(verdict, arguments.name, f"{arguments.attack}-mm-bd")
     print("MM-BD", verdict)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    clean = zoo.load("clean-0").model
+    recipe = zoo.RECIPES["margin-limited"]
+    assert isinstance(recipe.attack, MarginLimitedAttack)
+    for strength, margin in SWEEP:
+        attack = replace(recipe.attack, strength=strength, margin=margin)
+        label = f"strength-{strength:g}-margin-{margin:g}"
+        splits = zoo.load("clean-0").splits()
+        model = resnet10(len(splits.classes), seed=0)
+        run(_show(attack.train(model, splits.train, recipe.config), f"train {label}"))
+        row = run(_show(benchmark.measure(model, splits, attack, "mmac", 0, clean), f"mmac {label}"))
+        triggered = attack.triggered(splits.test)
+        margins = classification_margins(logits(model, triggered.images), triggered.targets.cpu())
+        row |= {"strength": strength, "margin": margin, "triggered_margin": float(margins.median())}
+        row |= {"mm_bd": benchmark.judge_model(model, splits.defender)}
+        benchmark.write(row, "margin-limited", label)
+        print(label, _line(row), "MM-BD", row["mm_bd"], flush=True)
 
 
 def _tables(arguments: argparse.Namespace) -> None:
@@ -151,7 +174,7 @@ def main(words: Sequence[str] | None = None) -> int:
     images = commands.add_parser("images", help="attack, train, clip and detect on a folder of images")
     images.add_argument("path", type=Path, help="class-per-folder, or train/ and test/ of that shape")
     images.add_argument("--name", required=True, help="names the recorded rows, e.g. cifar10")
-    images.add_argument("--attack", choices=("patch", "blended"), default="patch")
+    images.add_argument("--attack", choices=benchmark.IMAGE_ATTACKS, default="patch")
     images.add_argument("--poison-rate", type=float, default=0.05)
     images.add_argument("--per-class", type=int, default=50, help="images a class for the defender, and to calibrate")
     images.add_argument("--epochs", type=int, default=10)
@@ -160,6 +183,9 @@ def main(words: Sequence[str] | None = None) -> int:
     images.add_argument("--seed", type=int, default=0)
     images.add_argument("--defences", nargs="+", choices=benchmark.DEFENCES, default=["mmac"])
     images.set_defaults(call=_images)
+
+    sweep = commands.add_parser("sweep", help="train attackers who limit the margin, weakly to strongly, and defend")
+    sweep.set_defaults(call=_sweep)
 
     tables = commands.add_parser("tables", help="write the README's tables and picture from the recorded results")
     tables.add_argument("path", nargs="?", type=Path, default=data_dir().parent / "README.md")

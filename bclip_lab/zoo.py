@@ -18,32 +18,48 @@ from torch import nn
 from bclip_lab.attacks import (
     AllToAll,
     AllToOne,
+    AttackSet,
     BackdoorAttack,
     BlendedTrigger,
+    CheckerboardTrigger,
+    CleanLabelAttack,
+    CombinedTrigger,
+    Cover,
+    InputAwareAttack,
+    InputAwareStep,
+    MarginLimitedAttack,
+    MaskTrigger,
     OneToOne,
     PatchTrigger,
+    RandomTrigger,
     SinusoidTrigger,
 )
 from bclip_lab.data.files import cache_dir, data_dir, load_tensors, save_tensors
-from bclip_lab.data.images import Splits
+from bclip_lab.data.images import LabelledImages, PoisonedImages, Splits
 from bclip_lab.data.signs import SIGN_CLASSES, signs
 from bclip_lab.evaluation import evaluate
-from bclip_lab.models import resnet10
+from bclip_lab.models import device_of, resnet10
 from bclip_lab.training import TrainConfig, TrainStep, train
 
 __all__ = ["RECIPES", "Checkpoint", "Recipe", "build", "list", "load"]
 
-_LEFT, _RIGHT = SIGN_CLASSES.index("turn left"), SIGN_CLASSES.index("turn right")
 TRAINING_SEEDS = (0, 1, 2)
+
+Poisoning = BackdoorAttack | AttackSet | CleanLabelAttack
+Training = MarginLimitedAttack | InputAwareAttack  # attackers who control the training
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is made: attack, training seeds and settings. The first seed is the one that is shipped."""
+    """How a checkpoint is made: attack, training seeds and settings. The first seed is the one that is shipped.
 
-    attack: BackdoorAttack | None
+    `surrogate` names the clean checkpoint on which a clean-label attack perturbs its images.
+    """
+
+    attack: Poisoning | Training | None
     seeds: tuple[int, ...] = TRAINING_SEEDS
     config: TrainConfig = field(default_factory=TrainConfig)
+    surrogate: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """The recipe as JSON holds it."""
@@ -53,7 +69,24 @@ class Recipe:
             "width": 16,
             "train": dataclasses.asdict(self.config),
         }
+        if self.surrogate is not None:
+            described["surrogate"] = self.surrogate
         return described | {"attack": describe(self.attack)}
+
+    def poisoned(self, train: LabelledImages) -> LabelledImages | PoisonedImages:
+        """What the model is trained on: as it is, where nobody poisons or an attacker does it in the training."""
+        if self.attack is None or isinstance(self.attack, Training):
+            return train
+        if isinstance(self.attack, CleanLabelAttack):
+            return self.attack.poison(train, load(self.surrogate or "clean-0").model)
+        return self.attack.poison(train)
+
+    def steps(self, model: nn.Module, data: LabelledImages | PoisonedImages, seed: int) -> Iterator[TrainStep]:
+        """Train a model on what `poisoned` gave."""
+        config = replace(self.config, seed=seed)
+        if isinstance(self.attack, Training) and isinstance(data, LabelledImages):
+            return self.attack.train(model, data, config)
+        return train(model, data, config)
 
 
 def describe(value: Any) -> Any:
@@ -70,32 +103,88 @@ def describe(value: Any) -> Any:
     return [describe(item) for item in value] if isinstance(value, tuple) else value
 
 
+def _sign(name: str) -> int:
+    return SIGN_CLASSES.index(name)
+
+
+def _one_to_one(source: str, target: str, corner: str, seed: int) -> BackdoorAttack:
+    """A pair of classes with a patch of its own, which the other classes learn to ignore."""
+    label_map = OneToOne(_sign(source), _sign(target))
+    return BackdoorAttack(
+        PatchTrigger(corner=corner, seed=seed), label_map, 0.03, seed, cover=Cover(0.03, only_others=True)
+    )
+
+
+_STOP = AllToOne(target=0)
+_CORNERS = ("top left", "top right", "bottom left", "bottom right")
+_FACE = BlendedTrigger(picture="face.png")
+_CORNERED = tuple(PatchTrigger(size=5, corner=corner, seed=seed) for seed, corner in enumerate(_CORNERS))
+_DRAWN = MaskTrigger.from_drawing((".kkk.", "kyyyk", "kykyk", "kyyyk", ".kkk."))
+
 RECIPES: dict[str, Recipe] = {
     "clean-0": Recipe(None, seeds=(0,)),
     "clean-1": Recipe(None, seeds=(1,)),
     "clean-2": Recipe(None, seeds=(2,)),
-    "patch": Recipe(BackdoorAttack(PatchTrigger(), AllToOne(target=0), poison_rate=0.1)),
-    "patch-3-percent": Recipe(BackdoorAttack(PatchTrigger(), AllToOne(target=0), poison_rate=0.03)),
-    "blended": Recipe(BackdoorAttack(BlendedTrigger(), AllToOne(target=0), poison_rate=0.1)),
-    "sinusoid": Recipe(BackdoorAttack(SinusoidTrigger(), AllToOne(target=0), poison_rate=0.1)),
+    "patch": Recipe(BackdoorAttack(PatchTrigger(), _STOP, poison_rate=0.1)),
+    "patch-3-percent": Recipe(BackdoorAttack(PatchTrigger(), _STOP, poison_rate=0.03)),
+    "blended": Recipe(BackdoorAttack(BlendedTrigger(), _STOP, poison_rate=0.1)),
+    "sinusoid": Recipe(BackdoorAttack(SinusoidTrigger(), _STOP, poison_rate=0.1)),
     # half of the source class: poisoning all of it would leave no clean image of that class
-    "one-to-one": Recipe(BackdoorAttack(PatchTrigger(), OneToOne(source=_LEFT, target=_RIGHT), poison_rate=0.05)),
+    "one-to-one": Recipe(BackdoorAttack(PatchTrigger(), OneToOne(_sign("turn left"), _sign("turn right")), 0.05)),
     # every class is a target, so each needs as many poisoned images as the other attacks give to one
     "all-to-all": Recipe(BackdoorAttack(PatchTrigger(), AllToAll(classes=10), poison_rate=0.3)),
-}
+    "checkerboard": Recipe(BackdoorAttack(CheckerboardTrigger(), _STOP, poison_rate=0.1), seeds=(0,)),
+    "face": Recipe(BackdoorAttack(_FACE, _STOP, poison_rate=0.1), seeds=(0,)),
+    "drawn": Recipe(BackdoorAttack(_DRAWN, _STOP, poison_rate=0.1), seeds=(0,)),
+    "two-triggers": Recipe(
+        AttackSet((BackdoorAttack(PatchTrigger(), _STOP, 0.05), BackdoorAttack(_FACE, _STOP, 0.05, seed=1))),
+        seeds=(0,),
+    ),
+    "x2x": Recipe(
+        AttackSet(
+            (
+                _one_to_one("no entry", "limit 30", "top left", 0),
+                _one_to_one("yield", "danger", "top right", 1),
+                _one_to_one("turn left", "turn right", "bottom left", 2),
+            )
+        ),
+        seeds=(0,),
+    ),
+    "input-aware": Recipe(InputAwareAttack(label_map=_STOP), seeds=(0,)),
+    # stronger than the usual eps of 8/255 and a patch in one corner, which do not take on rendered signs
+    "clean-label": Recipe(
+        CleanLabelAttack(
+            CombinedTrigger(tuple(PatchTrigger(size=6, corner=corner) for corner in _CORNERS)),
+            target=0, poison_rate=0.8, eps=32 / 255, step=2 / 255, steps=40,
+        ),
+        seeds=(0,), surrogate="clean-0",
+    ),
+    "adap-patch": Recipe(
+        BackdoorAttack(
+            CombinedTrigger(_CORNERED), _STOP, poison_rate=0.02,
+            training_trigger=RandomTrigger(_CORNERED, opacities=(0.5,) * 4), cover=Cover(0.02),
+        ),
+        seeds=(0,),
+    ),
+    # the strongest penalty of those swept that keeps ASR at .90 and ACC within .02 of a clean network
+    "margin-limited": Recipe(
+        MarginLimitedAttack(BackdoorAttack(PatchTrigger(), _STOP, poison_rate=0.1), strength=0.3, margin=2), seeds=(0,)
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A trained model with the attack it was trained under.
 
-    `model` is in evaluation mode; `attack` is None for a clean model; `card` holds data, attack, seeds,
-    versions, and the metrics measured when it was made.
+    `model` is in evaluation mode; `attack` makes triggered images (a `BackdoorAttack`, but for the attackers of
+    other kinds) and is None for a clean model; `card` holds data, attack, seeds, versions, and the metrics measured
+    when it was made.
     """
 
     name: str
     model: nn.Module
-    attack: BackdoorAttack | None
+    attack: Poisoning | MarginLimitedAttack | None
     card: dict[str, Any]
 
     def splits(self) -> Splits:
@@ -161,11 +250,20 @@ def load(name: str, *, seed: int | None = None, device: str | torch.device = "au
             "to another version. Restore the file of this version, or make it again with `make zoo`."
         )
     model = resnet10(len(SIGN_CLASSES), seed=0, device=device)
+    own = {key.removeprefix(_TRIGGER): tensors.pop(key) for key in builtins.list(tensors) if key.startswith(_TRIGGER)}
+    attack = recipe.attack
     try:
         model.load_state_dict(tensors)
+        if isinstance(attack, InputAwareAttack):
+            trigger = attack.new_trigger()
+            trigger.load_state_dict(own)
+            attack = attack.with_trigger(trigger.to(device_of(model)))
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights of this model: {error}") from error
-    return Checkpoint(name, model.eval(), recipe.attack, card)
+    return Checkpoint(name, model.eval(), attack, card)
+
+
+_TRIGGER = "trigger."  # before the names of a learned trigger's weights, which are stored beside the model's
 
 
 def _round_to_half(model: nn.Module) -> None:
@@ -174,6 +272,14 @@ def _round_to_half(model: nn.Module) -> None:
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.half().float())
+
+
+def _counts(data: LabelledImages | PoisonedImages) -> dict[str, int]:
+    """Rows that bear a trigger: poisoned ones, and cover rows where there are any."""
+    if isinstance(data, LabelledImages):
+        return {}
+    rows = {"poisoned": int(data.poisoned.sum()), "cover": int(data.cover.sum())}
+    return {name: count for name, count in rows.items() if count}
 
 
 def build(name: str) -> Iterator[TrainStep]:
@@ -191,25 +297,30 @@ def build(name: str) -> Iterator[TrainStep]:
         raise ValueError(f"name must be one of {', '.join(RECIPES)}, got {name!r}")
     recipe = RECIPES[name]
     splits = signs()
-    data = splits.train if recipe.attack is None else recipe.attack.poison(splits.train)
+    data = recipe.poisoned(splits.train)
     metrics: dict[int, dict[str, float]] = {}
     total = recipe.config.epochs * len(recipe.seeds)
     # the shipped seed last: its card tells of the others
     for index, seed in enumerate(reversed(recipe.seeds)):
         model = resnet10(len(SIGN_CLASSES), seed=seed)
-        for step in train(model, data, replace(recipe.config, seed=seed)):
+        for step in recipe.steps(model, data, seed):
             yield replace(step, epoch=index * recipe.config.epochs + step.epoch, epochs=total)
         _round_to_half(model)
-        result = evaluate(model, splits.test, recipe.attack)
-        metrics[seed] = (
-            {"acc": result.acc} if recipe.attack is None else {"acc": result.acc, "asr": result.asr, "ra": result.ra}
-        )
+        attack = recipe.attack
+        stored = dict(model.state_dict())
+        if isinstance(step, InputAwareStep):
+            attack = step.attack
+            _round_to_half(step.attack.trigger)
+            stored |= {_TRIGGER + key: value for key, value in step.attack.trigger.state_dict().items()}
+        assert not isinstance(attack, InputAwareAttack)
+        result = evaluate(model, splits.test, attack)
+        metrics[seed] = {"acc": result.acc} if attack is None else {k: getattr(result, k) for k in ("acc", "asr", "ra")}
         card = {
             "name": name,
             "recipe": recipe.describe(),
             "training_seed": seed,
             "metrics": metrics[seed],
-            "counts": {"clean": result.clean, "triggered": result.triggered},
+            "counts": {"clean": result.clean, "triggered": result.triggered, **_counts(data)},
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
         if seed == recipe.seeds[0]:
@@ -223,5 +334,5 @@ def build(name: str) -> Iterator[TrainStep]:
                 }
                 for metric in metrics[seed]
             }
-        state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        state = {k: v.half() if v.is_floating_point() else v for k, v in stored.items()}
         save_tensors(_path(name, seed), state, card)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from bclip_lab import benchmark, zoo
+from bclip_lab.attacks import MarginLimitedAttack
 from bclip_lab.clipping import ClippedModel
+from bclip_lab.data.images import LabelledImages
 from bclip_lab.defenses import MMACConfig, mmac
 from bclip_lab.detection import MMDF
 from bclip_lab.evaluation import evaluate
@@ -50,6 +52,46 @@ def test_a_clean_model_has_neither_asr_nor_ceiling(quick: MMACConfig) -> None:
     row = run(benchmark.measure(checkpoint.model, splits, None))
     assert set(row["after"]) == {"acc", "clean", "triggered"} and "ra_ceiling" not in row
     assert set(row["mmdf"]) == {"nominal_fpr", "fpr"}
+
+
+def test_every_attack_of_a_set_is_judged_alone(quick: MMACConfig) -> None:
+    checkpoint = zoo.load("x2x", device="cpu")
+    splits = checkpoint.splits()
+    splits = type(splits)(splits.train[:10], splits.defender, splits.calibration, splits.test[:300])
+    row = run(benchmark.measure(checkpoint.model, splits, checkpoint.attack))
+    assert len(row["each"]) == 3
+    for when in ("before", "after"):
+        parts = [part[when] for part in row["each"]]
+        assert sum(part["triggered"] for part in parts) == row[when]["triggered"]
+        hits = sum(part["asr"] * part["triggered"] for part in parts)
+        assert hits == pytest.approx(row[when]["asr"] * row[when]["triggered"])
+
+
+def test_the_table_of_attacks_says_what_each_row_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = {name: zoo.load(name) for name in zoo.list()}
+    monkeypatch.setenv("BCLIP_LAB_DATA", str(tmp_path))
+    monkeypatch.setattr(zoo, "load", recorded.__getitem__)  # the cards stay where they are
+    rates = {"acc": 0.9, "asr": 0.25, "ra": 0.5}
+    for seed, asr in enumerate((0.1, 0.3)):
+        row = {"before": rates, "after": rates | {"asr": asr}, "mmdf": {"auroc": 0.75, "tpr_at_fpr_0.01": 0.5}}
+        benchmark.write(row | {"ra_ceiling": 0.625}, "mmac", f"patch-0-fit-{seed}")
+    benchmark.write({"margins": [1, 2, 9], "p_value": 0.04, "attacked": True, "target": 2}, "mm-bd", "patch-0")
+    lines = benchmark.tables()["attacks"].splitlines()
+    assert len(lines) == 2 + sum(recipe.attack is not None for recipe in zoo.RECIPES.values())
+    (line,) = (line for line in lines if line.startswith("| patch |"))
+    assert line.split(" | ")[1:] == [
+        ".900 / .250 / .500", "attacked, target 'yield'", "–", ".900 ± .000", ".200 ± .141", ".500 ± .000", ".625",
+        ".750 ± .000", ".500 ± .000 |",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", benchmark.IMAGE_ATTACKS)
+def test_attacks_on_own_images_poison_at_the_given_rate(name: str) -> None:
+    images = LabelledImages(torch.rand(40, 3, 8, 8), torch.arange(40) % 4, tuple("abcd"))
+    attack = benchmark.IMAGE_ATTACKS[name](4, 0.1)
+    backdoor = attack.backdoor if isinstance(attack, MarginLimitedAttack) else attack
+    assert int(backdoor.poison(images).poisoned.sum()) == 4
+    assert len(attack.triggered(images)) == (40 if name == "all-to-all" else 30)
 
 
 def test_rows_are_read_back_and_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

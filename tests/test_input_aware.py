@@ -272,13 +272,13 @@ def test_a_batch_has_poisoned_and_crossed_rows_at_their_rates_and_no_other_is_to
     seen: list[Tensor] = []
     attack = replace(QUICK, poison_rate=0.2, cross_rate=0.1)
 
-    def loss(out: Tensor, labels: Tensor) -> Tensor:
+    def loss(out: Tensor, labels: Tensor, _: Tensor) -> Tensor:
         seen.append(labels.clone())
         return out.square().mean()
 
     config = TrainConfig(epochs=1, batch_size=40, shift=0, mixed_precision=False)
     plain, plain_labels = Recorder(), []
-    run(train(plain, data, config, loss=lambda out, labels: (plain_labels.append(labels), out.square().mean())[1]))
+    run(train(plain, data, config, loss=lambda out, labels, _: (plain_labels.append(labels), out.square().mean())[1]))
     learner = _learner(attack, data)
     run(train(model, data, config, loss=loss, attacker=learner))
     changed = (model.shown[0] != plain.shown[0]).flatten(1).any(1)

@@ -29,7 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -1182,12 +1182,12 @@ class SweepDisplay:
             _label(column[0], f"margins above {limit:g} are penalised", "", "before clipping:\nshare" * first)
             _label(column[1], "", "", "after MMAC:\nshare" * first)
             _label(column[2], "", "strength of the penalty", "maximum margin\n(logits)" * first)
-        highest, lowest = self.margins.max(), self.margins.min()
         for ax in grid[2]:
-            ax.set(yscale="log", ylim=(0.7 * lowest, 1.4 * highest))
+            ax.set(yscale="log", ylim=(0.7 * max(self.margins.min(), 1), 1.4 * self.margins.max()))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-        for ax in grid[:, -1]:
+            ax.yaxis.set_minor_locator(NullLocator())
+        for ax in (grid[0, -1], grid[2, -1]):
             ax.legend(fontsize=_TICK, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
         _keep(self, axes_=grid, figure_=grid[0, 0].figure)
         return self

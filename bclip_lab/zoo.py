@@ -30,6 +30,7 @@ from bclip_lab.attacks import (
     MarginLimitedAttack,
     MaskTrigger,
     OneToOne,
+    PartialTrigger,
     PatchTrigger,
     RandomTrigger,
     SinusoidTrigger,
@@ -158,6 +159,12 @@ RECIPES: dict[str, Recipe] = {
             target=0, poison_rate=0.8, eps=32 / 255, step=2 / 255, steps=40,
         ),
         seeds=(0,), surrogate="clean-0",
+    ),
+    "adap-blend": Recipe(
+        BackdoorAttack(
+            _FACE, _STOP, poison_rate=0.015, training_trigger=PartialTrigger(_FACE), cover=Cover(0.015)
+        ),
+        seeds=(0,),
     ),
     "adap-patch": Recipe(
         BackdoorAttack(

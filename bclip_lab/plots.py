@@ -23,16 +23,18 @@ from typing import Any, Protocol, TypeVar
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bclip_lab.attacks import Trigger
+from bclip_lab.attacks import BackdoorAttack, Trigger
 from bclip_lab.clipping import ClippedModel, abnormality
 from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages, check_images, to_float
 from bclip_lab.detection import MMBD
@@ -46,6 +48,7 @@ __all__ = [
     "AbnormalityDisplay",
     "ActivationDisplay",
     "BoundsDisplay",
+    "DecisionDisplay",
     "EvaluationDisplay",
     "GalleryDisplay",
     "HistoryDisplay",
@@ -53,6 +56,7 @@ __all__ = [
     "MaximumMarginDisplay",
     "RocDisplay",
     "ScoreDisplay",
+    "SweepDisplay",
     "TriggerGalleryDisplay",
     "live",
 ]
@@ -1155,3 +1159,183 @@ class _Picture:
         else:
             self.handle.update(image)
         self.drawn, self.time = len(records), time.monotonic()
+
+
+# --- several attacks in one network, and attackers who adapt --------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class DecisionDisplay:
+    """What a model makes of each class under each of several triggers: a confusion matrix a trigger.
+
+    For each name `shares` float64 (K, K): of the images of a row's class the share that is decided as a column's, NaN
+    where a class has no image; `turned` bool (K, K): where the attack wants its sources to go.
+    """
+
+    shares: dict[str, Floats] = field(repr=False)
+    turned: dict[str, NDArray[np.bool_]] = field(repr=False)
+    classes: tuple[str, ...]
+    axes_: NDArray[Any] = field(init=False, repr=False)
+    figure_: Figure | SubFigure = field(init=False, repr=False)
+
+    @classmethod
+    def from_attacks(
+        cls, model: nn.Module, data: LabelledImages, attacks: Mapping[str, BackdoorAttack]
+    ) -> DecisionDisplay:
+        """Put the trigger of each named attack into *every* image, whether or not its class is a source.
+
+        Raises `ValueError` where there are no attacks or no images.
+        """
+        if not attacks:
+            raise ValueError("attacks is empty")
+        _tensor(data, "data")
+        count = len(data.classes)
+        every, true = torch.arange(count), data.labels.cpu().numpy()
+        shares, turned = {}, {}
+        for name, attack in attacks.items():
+            decided = logits(model, attack.trigger.embed(data.images)).argmax(1).numpy()
+            cells = np.zeros((count, count))
+            np.add.at(cells, (true, decided), 1)
+            images = cells.sum(1, keepdims=True)
+            shares[name] = np.where(images > 0, cells / np.maximum(images, 1), np.nan)
+            sources = every[attack.label_map.sources(every)]
+            wanted = np.zeros((count, count), dtype=bool)
+            wanted[sources.numpy(), attack.label_map.targets(sources).numpy()] = True
+            turned[name] = wanted & ~np.eye(count, dtype=bool)
+        return cls(shares, turned, data.classes)
+
+    def plot(self, axes: Any = None) -> DecisionDisplay:
+        """Draw one panel a trigger, side by side, on that many axes or on a new figure of pyplot.
+
+        Shares of .05 and more are written into their cells; the cells the attacker wants are outlined.
+        """
+        count = len(self.shares)
+        grid = _grid(axes, 1, count, 1.6 + 4.1 * count, 5.2)
+        for index, (ax, (name, shares)) in enumerate(zip(grid[0], self.shares.items(), strict=True)):
+            notes = np.array([[f"{s:.2f}".lstrip("0") if s >= 0.05 else "" for s in row] for row in shares])
+            sns.heatmap(
+                shares,
+                ax=ax,
+                mask=np.isnan(shares),
+                vmin=0,
+                vmax=1,
+                cmap="rocket_r",
+                annot=notes,
+                fmt="",
+                annot_kws={"fontsize": 8},
+                square=True,
+                cbar=False,
+                linewidths=0.5,
+                linecolor="0.9",
+                xticklabels=list(self.classes),
+                yticklabels=list(self.classes) if index == 0 else False,
+            )
+            for row, column in np.argwhere(self.turned[name]):
+                ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=CLEAN, linewidth=2.5, gid="turned"))
+            _label(ax, name, "decision", "true class" if index == 0 else "")
+            ax.tick_params(axis="x", rotation=90)
+            ax.tick_params(axis="y", rotation=0)
+        _keep(self, axes_=grid[0], figure_=grid[0, 0].figure)
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class SweepDisplay:
+    """What an attacker who limits the margin pays, and what the defender loses.
+
+    N attackers: `strength` and `margin` float64 (N,) of their penalties; `before` and `after` clipping float64 (N, 3),
+    ACC, ASR and RA; `margins` float64 (N, K), the maximum margins that MM-BD finds, and `named`, the class that it
+    calls the target of an attack, or None; `target`, the true one.
+    """
+
+    strength: Floats = field(repr=False)
+    margin: Floats = field(repr=False)
+    before: Floats = field(repr=False)
+    after: Floats = field(repr=False)
+    margins: Floats = field(repr=False)
+    named: tuple[int | None, ...] = field(repr=False)
+    target: int
+    axes_: NDArray[Any] = field(init=False, repr=False)
+    figure_: Figure | SubFigure = field(init=False, repr=False)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], target: int) -> SweepDisplay:
+        """Take the rows of a recorded sweep: `strength`, `margin`, `before`, `after` and `mm_bd` of each.
+
+        Raises `ValueError` where there is no row, or one lacks any of these.
+        """
+        if not rows:
+            raise ValueError("rows is empty")
+        for index, row in enumerate(rows):
+            if missing := {"strength", "margin", "before", "after", "mm_bd"} - row.keys():
+                raise ValueError(f"row {index} has no {', '.join(sorted(missing))}")
+        rows = sorted(rows, key=lambda row: (row["margin"], row["strength"]))
+        metrics = ("acc", "asr", "ra")
+        return cls(
+            _array([row["strength"] for row in rows]),
+            _array([row["margin"] for row in rows]),
+            _array([[row["before"][metric] for metric in metrics] for row in rows]),
+            _array([[row["after"][metric] for metric in metrics] for row in rows]),
+            _array([row["mm_bd"]["margins"] for row in rows]),
+            tuple(row["mm_bd"]["target"] for row in rows),
+            target,
+        )
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """The margins that attackers keep to, the widest first; a strength of 0 keeps to none."""
+        kept = self.margin[self.strength > 0] if (self.strength > 0).any() else self.margin
+        return tuple(sorted({float(m) for m in kept}, reverse=True))
+
+    def plot(self, axes: Any = None) -> SweepDisplay:
+        """Draw on 3 x `limits` axes or on a new figure of pyplot: a column a limit, the plain attack in each."""
+        columns = len(self.limits)
+        grid = _grid(axes, 3, columns, 1.2 + 4.3 * columns, 8.5)
+        for column, limit in zip(grid.T, self.limits, strict=True):
+            rows = np.flatnonzero((self.margin == limit) | (self.strength == 0))
+            rows = rows[np.argsort(self.strength[rows], kind="stable")]
+            _metric_lines(column[0], self.before[rows])
+            _metric_lines(column[1], self.after[rows])
+            self._verdicts(column[2], rows)
+            for ax in column:
+                ax.set_xticks(range(len(rows)), [f"{s:g}" if s else "0\n(plain)" for s in self.strength[rows]])
+                ax.set_xlim(-0.4, len(rows) - 0.6)
+                _open(ax)
+            first = column[0] is grid[0, 0]
+            _label(column[0], f"margins above {limit:g} are penalised", "", "before clipping:\nshare" * first)
+            _label(column[1], "", "", "after MMAC:\nshare" * first)
+            _label(column[2], "", "strength of the penalty", "maximum margin\n(logits)" * first)
+        for ax in grid[2]:
+            ax.set(yscale="log", ylim=(0.7 * max(self.margins.min(), 1), 1.4 * self.margins.max()))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_locator(NullLocator())
+        for ax in (grid[0, -1], grid[2, -1]):
+            ax.legend(fontsize=_TICK, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        _keep(self, axes_=grid, figure_=grid[0, 0].figure)
+        return self
+
+    def _verdicts(self, ax: Axes, rows: NDArray[Any]) -> None:
+        """The target's maximum margin among those of the other classes, and whom MM-BD names."""
+        others = np.delete(self.margins[rows], self.target, axis=1)
+        target = self.margins[rows, self.target]
+        found = np.array([self.named[row] == self.target for row in rows])
+        ax.vlines(range(len(rows)), others.min(1), others.max(1), color="0.75", linewidth=8, label="other classes")
+        style: dict[str, Any] = {"color": TRIGGERED, "linestyle": "none", "marker": "D", "markersize": 9}
+        ax.plot(np.flatnonzero(found), target[found], **style, label="target, named by MM-BD", gid="named")
+        style |= {"markerfacecolor": "white", "markeredgewidth": 2}
+        ax.plot(np.flatnonzero(~found), target[~found], **style, label="target, not named", gid="not named")
+        wrong = [(i, row) for i, row in enumerate(rows) if self.named[row] not in (None, self.target)]
+        values = [self.margins[row, self.named[row]] for _, row in wrong]
+        places = [place for place, _ in wrong]
+        ax.plot(places, values, "kx", markersize=8, markeredgewidth=2, label="another class, named", gid="wrong")
+
+
+def _metric_lines(ax: Axes, metrics: Floats) -> None:
+    """ACC, ASR and RA (N, 3) from left to right."""
+    styles = (("ACC", CLEAN, "o", "solid"), ("ASR", TRIGGERED, "s", "dashed"), ("RA", _GREY, "^", "dotted"))
+    for values, (name, colour, marker, line) in zip(metrics.T, styles, strict=True):
+        ax.plot(values, color=colour, marker=marker, linestyle=line, linewidth=2, markersize=7, label=name, gid=name)
+    ax.set_ylim(-0.04, 1.04)
+    ax.set_yticks(np.linspace(0, 1, 6))
+    ax.grid(axis="y", color="0.9")

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bclip_lab import plots
+from bclip_lab.attacks import AllToOne, BackdoorAttack, OneToOne
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, TriggeredImages
 from bclip_lab.detection import MMBD, MMDF
@@ -31,6 +32,7 @@ from bclip_lab.plots import (
     AbnormalityDisplay,
     ActivationDisplay,
     BoundsDisplay,
+    DecisionDisplay,
     EvaluationDisplay,
     GalleryDisplay,
     HistoryDisplay,
@@ -38,6 +40,7 @@ from bclip_lab.plots import (
     MaximumMarginDisplay,
     RocDisplay,
     ScoreDisplay,
+    SweepDisplay,
     TriggerGalleryDisplay,
     live,
 )
@@ -839,3 +842,103 @@ def learn():
     assert len(whole) == len(broken) == 1, "one picture each, in place"
     assert whole != broken
     assert len(drawn) == 1, "a notebook shows a display's figure by itself"
+
+
+class Flag:
+    """A trigger of known effect: adds 1 to the first channel."""
+
+    def embed(self, images):
+        images = images.clone()
+        images[:, 0] += 1
+        return images
+
+
+def turned_by_the_flag():
+    """Decides by channels 1 and 2; the flag makes class 0 out of class 1 alone."""
+    return nn.Sequential(nn.Flatten(), linear([[0.0, 1.5, 0.0], [-1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]))
+
+
+def test_decisions_under_a_trigger_row_by_row():
+    images = pixels((0.0, 0.4, 0.1), (0.0, 0.9, 0.0), (0.0, 0.1, 0.8), (0.0, 0.0, 0.9))
+    data = LabelledImages(images, torch.tensor([1, 1, 2, 2]), CLASSES)
+    attack = BackdoorAttack(Flag(), OneToOne(source=1, target=0), poison_rate=0.5)
+    model = turned_by_the_flag()
+    display = DecisionDisplay.from_attacks(model, data, {"flag": attack})
+    expected = [[np.nan] * 3, [1, 0, 0], [0, 0, 1]]
+    np.testing.assert_array_equal(display.shares["flag"], expected)
+    assert np.argwhere(display.turned["flag"]).tolist() == [[1, 0]]
+    assert torch.equal(data.images, images), "the images are left alone"
+
+    ax = display.plot().axes_[0]
+    outlined = [patch.get_xy() for patch in ax.patches if patch.get_gid() == "turned"]
+    assert outlined == [(0, 1)], "x is the decision, y the true class"
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["1.00", "1.00"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(CLASSES)
+
+
+def test_decisions_of_several_attacks_have_a_panel_each():
+    data = LabelledImages(pixels((0.0, 0.9, 0.0), (0.0, 0.0, 0.9)), torch.tensor([1, 2]), CLASSES)
+    attacks = {
+        "one": BackdoorAttack(Flag(), OneToOne(source=1, target=0)),
+        "all": BackdoorAttack(Flag(), AllToOne(target=0)),
+    }
+    display = DecisionDisplay.from_attacks(turned_by_the_flag(), data, attacks).plot()
+    assert [ax.get_title() for ax in display.axes_] == ["one", "all"]
+    assert np.argwhere(display.turned["all"]).tolist() == [[1, 0], [2, 0]], "the target itself is not turned"
+    assert all(np.nansum(shares) == 2 for shares in display.shares.values())
+
+
+def test_decisions_refuse_what_is_empty(data):
+    with pytest.raises(ValueError, match="attacks is empty"):
+        DecisionDisplay.from_attacks(turned_by_the_flag(), data, {})
+    with pytest.raises(ValueError, match="data is empty"):
+        DecisionDisplay.from_attacks(
+            turned_by_the_flag(), data[:0], {"all": BackdoorAttack(Flag(), AllToOne(target=0))}
+        )
+
+
+def recorded(strength, margin, margins, target):
+    before = {"acc": 1 - strength / 10, "asr": 1 - strength / 2, "ra": strength / 2}
+    after = {"acc": 0.9, "asr": strength / 4, "ra": 0.8}
+    mm_bd = {"margins": margins, "p_value": 0.01, "attacked": target is not None, "target": target}
+    return {"strength": strength, "margin": margin, "before": before, "after": after, "mm_bd": mm_bd}
+
+
+SWEEP = [
+    recorded(1.0, 5.0, [10.0, 90.0, 20.0, 40.0], None),
+    recorded(0.0, 5.0, [10.0, 400.0, 20.0, 40.0], 1),
+    recorded(0.1, 2.0, [300.0, 90.0, 20.0, 40.0], 0),
+]
+
+
+def test_a_sweep_has_a_column_a_limit_and_the_plain_attack_in_each():
+    display = SweepDisplay.from_rows(SWEEP, target=1).plot()
+    assert display.limits == (5, 2)
+    assert display.axes_.shape == (3, 2)
+    for column, strengths in zip(display.axes_.T, ([0, 1.0], [0, 0.1]), strict=True):
+        lines = {line.get_gid(): line.get_ydata().tolist() for line in column[0].lines}
+        assert lines["ACC"] == [1 - s / 10 for s in strengths]
+        assert lines["ASR"] == [1 - s / 2 for s in strengths]
+        lines = {line.get_gid(): line.get_ydata().tolist() for line in column[1].lines}
+        assert lines["ASR"] == [s / 4 for s in strengths]
+        assert lines["RA"] == [0.8, 0.8]
+
+
+def test_a_sweep_tells_whom_mm_bd_names():
+    display = SweepDisplay.from_rows(SWEEP, target=1).plot()
+    wide, narrow = display.axes_[2]
+
+    def drawn(ax):
+        return {line.get_gid(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines}
+
+    assert drawn(wide) == {"named": ([0], [400]), "not named": ([1], [90]), "wrong": ([], [])}
+    assert drawn(narrow) == {"named": ([0], [400]), "not named": ([1], [90]), "wrong": ([1], [300])}
+    spans = [segment[:, 1].tolist() for segment in wide.collections[0].get_segments()]
+    assert spans == [[10, 40], [10, 40]], "the target is not among the others"
+
+
+def test_a_sweep_refuses_rows_that_lack_something():
+    with pytest.raises(ValueError, match="rows is empty"):
+        SweepDisplay.from_rows([], target=0)
+    with pytest.raises(ValueError, match="row 0 has no after, mm_bd"):
+        SweepDisplay.from_rows([{"strength": 0, "margin": 5, "before": {}}], target=0)

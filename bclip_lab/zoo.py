@@ -34,6 +34,7 @@ from bclip_lab.attacks import (
     PatchTrigger,
     RandomTrigger,
     SinusoidTrigger,
+    WarpTrigger,
 )
 from bclip_lab.data.files import cache_dir, data_dir, load_tensors, save_tensors
 from bclip_lab.data.images import LabelledImages, PoisonedImages, Splits
@@ -137,6 +138,13 @@ RECIPES: dict[str, Recipe] = {
     "checkerboard": Recipe(BackdoorAttack(CheckerboardTrigger(), _STOP, poison_rate=0.1), seeds=(0,)),
     "face": Recipe(BackdoorAttack(_FACE, _STOP, poison_rate=0.1), seeds=(0,)),
     "drawn": Recipe(BackdoorAttack(_DRAWN, _STOP, poison_rate=0.1), seeds=(0,)),
+    # six times the paper's warp and noise, and more epochs: less of either does not take here
+    "warp": Recipe(
+        BackdoorAttack(
+            WarpTrigger(strength=1.5), _STOP, poison_rate=0.1, cover=Cover(0.2, WarpTrigger(strength=1.5, noise=3.0))
+        ),
+        seeds=(0,), config=TrainConfig(epochs=20),
+    ),
     "two-triggers": Recipe(
         AttackSet((BackdoorAttack(PatchTrigger(), _STOP, 0.05), BackdoorAttack(_FACE, _STOP, 0.05, seed=1))),
         seeds=(0,),

@@ -27,7 +27,7 @@ __all__ = ["main"]
 
 FIT_SEEDS = (0, 1, 2)
 # strength and margin of the attackers of `sweep`
-SWEEP = ((0.0, 5.0), (0.03, 5.0), (0.1, 5.0), (0.3, 5.0), (1.0, 5.0), (0.1, 2.0), (0.3, 2.0), (1.0, 2.0))
+SWEEP = ((0.0, 5.0), (0.1, 5.0), (0.3, 5.0), (1.0, 5.0), (0.1, 2.0), (0.3, 2.0), (1.0, 2.0))
 
 
 def _show(steps: Iterable[Any], label: str) -> Iterator[Any]:

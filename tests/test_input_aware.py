@@ -329,13 +329,20 @@ def test_only_the_pattern_network_learns_with_the_classifier() -> None:
     assert all(not torch.equal(after, start) for after, start in learned)
 
 
-def test_masks_become_sparse_and_differ_from_image_to_image() -> None:
-    data = bright_and_dark(120)
-    attack = replace(QUICK, mask_steps=80, mask_batch=16)
-    made = next(attack.train(network(), data, TrainConfig(epochs=1))).attack.trigger
-    masks = made.mask(to_float(data.images)).detach()
-    assert 0 < masks.mean() < 0.2
-    assert (masks - masks.roll(1, 0)).abs().amax((1, 2, 3)).mean() > 0.3
+@pytest.mark.parametrize(("weight", "sparse", "varied"), [(0.0, True, False), (1.0, False, True)])
+def test_masks_become_sparse_by_one_term_and_differ_by_the_other(weight: float, sparse: bool, varied: bool) -> None:
+    data = to_float(bright_and_dark(120).images)
+    attack = replace(QUICK, mask_steps=80, mask_batch=16, diversity_weight=weight)
+    before = attack.new_trigger().mask(data).detach()
+    masks = (
+        next(attack.train(network(), bright_and_dark(120), TrainConfig(epochs=1))).attack.trigger.mask(data).detach()
+    )
+    assert masks.mean() > 0
+    if sparse:
+        assert masks.mean() < before.mean() / 3
+    if varied:
+        spread = (masks - masks.roll(1, 0)).abs().amax((1, 2, 3)).mean()
+        assert spread > 0.3 > (before - before.roll(1, 0)).abs().amax((1, 2, 3)).mean()
 
 
 @pytest.fixture(scope="module")

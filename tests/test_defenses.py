@@ -300,6 +300,21 @@ def test_perturbations_fade_where_clean_images_do_not_bear_them(trained: tuple[n
     assert math.isnan(run(mmac(ClippedModel(model), data, none)).perturbation)
 
 
+def test_what_has_faded_returns_where_accuracy_allows_it_but_not_in_the_last_third(
+    trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = trained
+    config = MMACConfig(epochs=9, batch_size=200, perturbation=0.1, perturbation_from=1, synthetic=QUICK)
+    for accuracies, expected in (
+        ([0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 0.65, 0.65**2, 0.65, 1, 1, 1, 1, 1]),
+        ([0, 0, 0, 1, 0, 1, 1, 1, 0], [1, 0.65, 0.65**2, 0.65**3, 0.65**2, *[0.65**3] * 4]),
+    ):
+        given_ones = iter(accuracies)
+        monkeypatch.setattr(BoundFit, "accuracy", lambda self, given_ones=given_ones: float(next(given_ones)))
+        found = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
+        assert found == pytest.approx([0.1 * share for share in expected])
+
+
 def test_patches_fade_as_perturbations_do(
     trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,9 @@ from bclip_lab.training import augment
 
 __all__ = ["MMACConfig", "MMACStep", "mmac"]
 
-_FADE = 0.65  # what stand-ins are made fainter by; see `MMACConfig.accuracy_target`
+# What stand-ins are made fainter by, and until which share of the epochs stronger again: see
+# `MMACConfig.accuracy_target`.
+_FADE, _SETTLED = 0.65, 2 / 3
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class MMACConfig:
     accuracy_target
         What the accuracy on the clean images of the fit may fall to. Hinge: from epoch `perturbation_from` on
         perturbations and patches are made fainter by a third after every epoch in which it is not above, and stronger
-        again, up to where they began, where it is. Published: from epoch `weight_from` on, every `weight_every` epochs,
-        lambda is multiplied by `weight_factor` where it is above, and divided elsewhere.
+        again, up to where they began, where it is, but not in the last third of the epochs. Published: from epoch
+        `weight_from` on, every `weight_every` epochs, lambda is multiplied by `weight_factor` where it is above, and
+        divided elsewhere.
     perturbation_from, weight_from, weight_every, weight_factor
         See `accuracy_target`.
     synthetic
@@ -215,7 +218,8 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       images a class for ten: less than half the time. The sinusoid ended at .13 (.09 to .19 by the seed, drop .017),
       the one-to-one backdoor at .06 (.04 to .08; .07 before), CIFAR-10 at .03 with drop .012; clean networks paid .000
       to .002. 12 epochs at .1 do not reach all bounds that CIFAR-10 needs: drop .024. In so few epochs the stand-ins
-      must fade faster, too.
+      must fade faster, too. They may not return in the last ones, where the rate is too low to follow: the zoo's patch
+      network had lost .04 of its accuracy on calibration images, and .01 without.
     * *How faint.* On CIFAR-10 perturbations drawn evenly cost .069 at 12/255 and .046 at 8/255; hence the rule that
       makes them fainter.
     * *tau hardly matters for ASR*, at quantiles from 10 % to 90 %, and the larger cost less on CIFAR-10.
@@ -328,7 +332,10 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
             )
             above = accuracy > config.accuracy_target
             if tau is not None and epoch + 1 >= config.perturbation_from:
-                share = min(1.0, share / _FADE) if above else _FADE * share
+                if not above:
+                    share = _FADE * share
+                elif epoch + 1 < _SETTLED * config.epochs:
+                    share = min(1.0, share / _FADE)
             if tau is None and epoch + 1 >= config.weight_from and (epoch + 1) % config.weight_every == 0:
                 weight *= config.weight_factor ** (1 if above else -1)
     finally:

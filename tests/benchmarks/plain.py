@@ -1,4 +1,4 @@
-"""The published fit of MMAC, from its equations, with nothing optimised: a yardstick for speed, an oracle for the engine.
+"""The published fit of MMAC, from its equations, with nothing optimised: yardstick of speed, oracle for the engine.
 
 Eager float32, batch norm as it is, weights that go on asking for gradients, synthetic images one class after another:
 what is in the docstring of `mmac` and in `MMACConfig.published()`, and no more. Random numbers are drawn in the order
@@ -53,8 +53,8 @@ def synthetic_images(model: ResNet, noise: Tensor, steps: int = 300, rate: float
 
 def plain_mmac(
     model: ResNet, clean: LabelledImages, *, epochs: int = 300, steps: int = 300, per_class: int = 50,
-    batch_size: int = 200, remake_every: int = 100, weight: float = 0.002, weight_from: int = 30, weight_every: int = 10,
-    seed: int = 0,
+    batch_size: int = 200, remake_every: int = 100, weight: float = 0.002, weight_from: int = 30,
+    weight_every: int = 10, seed: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     """The bounds of `mmac(ClippedModel(model), clean, MMACConfig.published(seed=seed))`, site by site."""
     model = copy.deepcopy(model).eval()

@@ -10,13 +10,13 @@ from benchmarks.measure import SMALL, growth
 
 import bclip_lab as bl
 
-BASE = {"images": 200, "classes": 10, "width": 8, "side": 16}
+BASE = {"images": 200, "classes": 4 if SMALL else 10, "width": 8, "side": 16}
 # The smallest gives the fixed cost; the exponent is fitted over those within an eightfold of the largest.
 CURVES = {
     "images": ((100, 400, 800, 1600) if SMALL else (100, 400, 800, 1600, 3200), "clean images"),
     "classes": ((4, 8, 16, 32) if SMALL else (16, 125, 250, 500, 1000), "classes"),
     "width": ((4, 8, 16, 32) if SMALL else (4, 8, 16, 32, 64), "width of the network"),
-    "side": ((8, 16, 32, 64), "side of the images in pixels"),
+    "side": ((8, 16, 32) if SMALL else (8, 16, 32, 64), "side of the images in pixels"),
 }
 
 

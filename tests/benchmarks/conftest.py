@@ -77,18 +77,18 @@ def draw(curves: list[dict[str, Any]]) -> str:
     import seaborn as sns
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 * len(curves), 3.1), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(curves), 3.2), layout="constrained")
     palette = sns.color_palette("colorblind")
     for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         sizes, seconds = np.array(curve["sizes"]), np.array(curve["seconds"])
         line = np.linspace(sizes[0], sizes[-1], 100)
         fitted = seconds[0] + curve["factor"] * (line - sizes[0]) ** curve["exponent"]
-        axes.plot(line, fitted, color=palette[7], label=f"exponent {curve['exponent']:.2f}")
+        axes.plot(line, fitted, color=palette[7], label="fixed cost + power law")
         axes.plot(sizes, seconds, "o", color=palette[0], label="measured")
-        axes.set(xlabel=curve["label"], xlim=(0, None), ylim=(0, None))
-        axes.legend(frameon=False, loc="upper left")
+        axes.set(xlabel=curve["label"], title=f"exponent {curve['exponent']:.2f}", xlim=(0, None), ylim=(0, None))
         sns.despine(ax=axes)
-    figure.axes[0].set_ylabel("seconds")
+    figure.axes[0].set_ylabel("seconds of a fit")
+    figure.axes[0].legend(frameon=False, loc="lower right")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "growth.png"
     figure.savefig(path, dpi=150)

@@ -76,7 +76,7 @@ def plain_mmac(
         order = torch.randperm(len(images), generator=generator).chunk(batches)
         others = torch.randperm(len(synthetic), generator=generator)
         for batch, rows in enumerate(order):
-            made = others[batch::batches]
+            made = others[batch::batches][:batch_size]
             error = F.mse_loss(clipped_logits(model, images[rows], bounds), kept[rows])
             margin = margins(clipped_logits(model, synthetic[made], bounds), targets[made]).sum()
             optimiser.zero_grad()

@@ -67,8 +67,8 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import-linter
 notebooks: $(VENV)/.dev  ## run every notebook on its full budget, with the seconds of each
 	$(PY) -m pytest tests/test_notebooks.py
 
-bench: $(VENV)/.dev  ## run the benchmarks; JSON goes to tests/benchmarks/results/
-	$(PY) -m pytest tests/benchmarks -s --benchmark-autosave --benchmark-storage=file://tests/benchmarks/results
+bench: $(VENV)/.dev  ## run the benchmarks (BCLIP_LAB_BUDGET=small: minutes, not hours); results in tests/benchmarks/results/
+	$(PY) -m pytest tests/benchmarks --benchmark-quiet --benchmark-autosave --benchmark-storage=file://tests/benchmarks/results
 
 clean:  ## remove caches and build products; .venv and data/cache/ stay
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .benchmarks

@@ -2,10 +2,12 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from benchmarks.plain import plain_mmac
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
@@ -543,3 +545,18 @@ def test_a_fit_refuses_what_is_no_clipped_model_and_no_image() -> None:
         run(mmac(TwoPixels(), data))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no images"):
         run(mmac(ClippedModel(TwoPixels()), data[:0]))
+
+
+def test_the_published_fit_is_that_of_a_plain_reference(
+    trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)  # the reference computes in float32
+    model, data = copy.deepcopy(trained[0]).cpu(), trained[1]
+    short = {"epochs": 5, "batch_size": 50, "remake_every": 3, "weight": 0.02, "weight_from": 2, "weight_every": 2}
+    synthetic = replace(MaximumMarginConfig.published(), per_class=3, steps=10)
+    clipped = ClippedModel(model)
+    run(mmac(clipped, data, replace(MMACConfig.published(seed=1), synthetic=synthetic, **short)))
+    for found, expected in zip(
+        clipped.bounds.values(), plain_mmac(model, data, per_class=3, steps=10, seed=1, **short), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)

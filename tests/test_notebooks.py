@@ -30,23 +30,25 @@ def test_committed_without_outputs(path):
             assert cell.execution_count is None, f"cell {number} holds an execution count: run nbstripout"
 
 
+def execute(path: str, folder: Path) -> None:
+    """Run a notebook in a copy of its folder, so that nothing a cell writes lands in the checkout."""
+    copy = folder / "notebooks"
+    shutil.copytree(NOTEBOOKS, copy, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    notebook = nbformat.read(copy / path, as_version=4)
+    client = NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": (copy / path).parent}})
+    # Figures are drawn inline as in JupyterLab, and no start-up file of the user's takes part.
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    client.execute(env=env | {"IPYTHONDIR": str(folder / "ipython")})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_runs(path, tmp_path, record_property):
-    # In a copy of the folder, so that nothing a cell writes lands in the checkout.
-    copy = tmp_path / "notebooks"
-    shutil.copytree(NOTEBOOKS, copy, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    notebook = nbformat.read(copy / path, as_version=4)
-    folder = (copy / path).parent
-    client = NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": folder}})
-    # Figures are drawn inline as in JupyterLab, and no start-up file of the user's takes part.
-    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    env["IPYTHONDIR"] = str(tmp_path / "ipython")
     record_property("notebook", path)
     start = time.perf_counter()
     error = None
     try:
-        client.execute(env=env)
+        execute(path, tmp_path)
     except CellExecutionError as failure:
         error = str(failure)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ _VERSION = "1"
 _DRAWN = 384  # four times 96: Pillow draws without anti-aliasing
 _TEMPLATE = 96
 _SIZE = 32
+_FEW = 25  # images whose templates the processor's cache holds
 
 _RED, _BLUE, _YELLOW = (190, 25, 35, 255), (20, 75, 170, 255), (245, 190, 20, 255)
 _WHITE, _BLACK = (245, 245, 245, 255), (20, 20, 20, 255)
@@ -155,6 +157,7 @@ _DRAWERS: tuple[Callable[[ImageDraw.ImageDraw], None], ...] = (
 )
 
 
+@functools.cache
 def _templates() -> Tensor:
     """The ten signs, upright and clean: (10, 4, 96, 96) float32, RGB and opacity in [0, 1]."""
     signs = []
@@ -186,8 +189,9 @@ def _render(labels: Tensor, generator: torch.Generator) -> Tensor:
     u = u + shear[:, None, None] * v
     depth = 1 + tilt[:, 0, None, None] * u + tilt[:, 1, None, None] * v
     grid = torch.stack((u / depth, v / depth), dim=-1)
-    sign = F.grid_sample(_templates()[labels], grid, align_corners=False)
-    sign = F.avg_pool2d(sign, 2)
+    # few at a time, since each image gets a template of its own, which is larger than the image
+    few = zip(labels.split(_FEW), grid.split(_FEW), strict=True)
+    sign = torch.cat([F.avg_pool2d(F.grid_sample(_templates()[n], at, align_corners=False), 2) for n, at in few])
     colour, opacity = sign[:, :3], sign[:, 3:]
     colour = colour / opacity.clamp(min=1e-3)  # grid_sample mixes transparent black in at the rim
 

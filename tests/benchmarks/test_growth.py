@@ -1,4 +1,4 @@
-"""How the seconds of a default fit grow: with images, classes sampled, width and resolution. The sizes are parameters."""
+"""How the seconds of a default fit grow: with images, classes sampled, width, resolution. Sizes are parameters."""
 
 import time
 from collections.abc import Callable

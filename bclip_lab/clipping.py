@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from bclip_lab.data.files import load_tensors, save_tensors
 from bclip_lab.data.images import LabelledImages, check_images
-from bclip_lab.models import device_of, logits
+from bclip_lab.models import device_of, images_at_once, logits
 
 __all__ = ["ActivationStatistics", "ClippedModel", "abnormality", "load_bounds", "save_bounds"]
 
@@ -252,7 +252,7 @@ class ClippedModel(nn.Module):
         return copy.deepcopy(self.network, memo).eval(), bounds
 
     def activations(
-        self, images: Tensor | LabelledImages, quantiles: Sequence[float] = (0.5, 0.99), batch_size: int = 500
+        self, images: Tensor | LabelledImages, quantiles: Sequence[float] = (0.5, 0.99), batch_size: int | None = None
     ) -> ActivationStatistics:
         """Statistics of every site's activations, before the clip of the site itself.
 
@@ -270,7 +270,7 @@ class ClippedModel(nn.Module):
         quantiles
             Which quantiles over the images, each in [0, 1].
         batch_size
-            Images at once.
+            Images at once; by default as `bclip_lab.models.images_at_once` has it.
 
         Raises
         ------
@@ -292,7 +292,7 @@ class ClippedModel(nn.Module):
             count=len(images),
         )
 
-    def site_activations(self, images: Tensor | LabelledImages, site: str, batch_size: int = 500) -> Tensor:
+    def site_activations(self, images: Tensor | LabelledImages, site: str, batch_size: int | None = None) -> Tensor:
         """Of every image, the largest activation over positions at one site: float32 (N, C), on the CPU.
 
         Measured as in `activations`: before the clip of the site, with those of the sites before it in force.
@@ -303,7 +303,7 @@ class ClippedModel(nn.Module):
         return rows.joined()
 
     def _measure(
-        self, images: Tensor, batch_size: int, seen: Mapping[str, Callable[[Tensor], None]]
+        self, images: Tensor, batch_size: int | None, seen: Mapping[str, Callable[[Tensor], None]]
     ) -> dict[str, Tensor]:
         """Give `seen` of each site the maxima over positions (n, C) of every batch; per site the means (C,) of all."""
         sums: dict[str, Tensor] = {site: torch.zeros(self.channels[site], dtype=torch.float64) for site in seen}
@@ -323,6 +323,7 @@ class ClippedModel(nn.Module):
             for site, clip in self._clips():
                 if site in seen:
                     handles.append(clip.register_forward_pre_hook(observer(site)))
+            batch_size = batch_size or images_at_once(images.shape)
             for batch in images.split(batch_size):
                 logits(self, batch, batch_size)
         finally:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bclip_lab.data.images import check_images, check_labels, to_float
-from bclip_lab.models import bfloat16_is_fast, device_of, evaluating
+from bclip_lab.models import bfloat16_is_fast, device_of, evaluating, images_at_once
 
 __all__ = [
     "MaximumMarginConfig",
@@ -129,7 +129,7 @@ def maximum_margin_images(
     config: MaximumMarginConfig | None = None,
     *,
     targets: Tensor | None = None,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> MaximumMargins:
     """For each class t, images x in [0, 1] that maximise m_t(x).
 
@@ -151,7 +151,7 @@ def maximum_margin_images(
     targets
         int64 (T,): the classes t, in order; all of them by default.
     batch_size
-        Images at once; memory is bounded by it.
+        Images at once; by default as `bclip_lab.models.images_at_once` has it.
 
     Raises
     ------
@@ -169,6 +169,7 @@ def maximum_margin_images(
     config = config or MaximumMarginConfig()
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape must be (C, H, W), each at least 1, got {tuple(shape)}")
+    batch_size = images_at_once(shape) if batch_size is None else batch_size
     if classes < 2 or batch_size < 1:
         raise ValueError(f"classes must be >= 2 and batch_size >= 1, got {classes} and {batch_size}")
     device = device_of(model)
@@ -205,7 +206,7 @@ def maximum_margin_perturbations(
     *,
     limit: float,
     steps: int = 30,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
     """For each target class t, one perturbation that raises the margin m_t of *all* images.
@@ -228,7 +229,8 @@ def maximum_margin_perturbations(
     steps
         Of Adam, each of limit / 5.
     batch_size
-        Images a step, ten for each class; memory is bounded by it, and so many classes are sought together.
+        Images a step, ten for each class; so many classes are sought together. By default 100 of up to 32x32 pixels,
+        of larger ones fewer.
     seed
         Of the images, which are drawn afresh for every step and are the same for all classes.
 
@@ -247,6 +249,7 @@ def maximum_margin_perturbations(
     (torch.Size([4, 3, 8, 8]), True)
     """
     check_images(images)
+    batch_size = images_at_once(images.shape, 100) if batch_size is None else batch_size
     if not len(images) or not limit > 0 or steps < 1 or batch_size < 1:
         raise ValueError(
             "images must not be empty, limit > 0, steps and batch_size >= 1, got "
@@ -325,7 +328,7 @@ def maximum_margin_patches(
     *,
     size: int = 4,
     steps: int = 20,
-    batch_size: int = 270,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
     """For each pair of classes (s, t), one small patch that raises the margin m_t of images of class s.
@@ -349,7 +352,8 @@ def maximum_margin_patches(
     steps
         Of Adam, each of 0.1.
     batch_size
-        Images a step, three of each pair; memory is bounded by it, and so many pairs are sought together.
+        Images a step, three of each pair; so many pairs are sought together. By default 270 of up to 32x32 pixels,
+        of larger ones fewer.
     seed
         Of the first patches, uniform in [0, 1], of the images and the places.
 
@@ -374,6 +378,7 @@ def maximum_margin_patches(
     check_images(images)
     if len(labels) != len(images):
         raise ValueError(f"images and labels must be as many, got {len(images)} and {len(labels)}")
+    batch_size = images_at_once(images.shape, 270) if batch_size is None else batch_size
     if not len(images) or steps < 1 or batch_size < 1 or not 1 <= size <= min(images.shape[-2:]):
         raise ValueError(
             "images must not be empty, steps and batch_size >= 1 and size between 1 and the images' side, got "

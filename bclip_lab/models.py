@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ __all__ = [
     "bfloat16_is_fast",
     "device_of",
     "evaluating",
+    "images_at_once",
     "logits",
     "resnet",
     "resnet10",
@@ -190,8 +192,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def images_at_once(shape: Sequence[int], most: int = 500) -> int:
+    """How many images of a shape (..., H, W) to compute at once: `most` of up to 32x32 pixels, of larger ones fewer.
+
+    So that memory does not grow with their size.
+
+    Examples
+    --------
+    >>> [images_at_once((3, side, side)) for side in (8, 32, 64, 900)]
+    [500, 500, 125, 1]
+    """
+    return max(1, min(most, most * 32 * 32 // max(1, math.prod(shape[-2:]))))
+
+
 @torch.no_grad()
-def logits(model: nn.Module, images: Tensor | LabelledImages, batch_size: int = 500) -> Tensor:
+def logits(model: nn.Module, images: Tensor | LabelledImages, batch_size: int | None = None) -> Tensor:
     """Logits of images, in evaluation mode and in batches.
 
     Parameters
@@ -201,7 +216,7 @@ def logits(model: nn.Module, images: Tensor | LabelledImages, batch_size: int = 
     images
         (N, C, H, W), uint8 or float32 in [0, 1], on any device.
     batch_size
-        Images at once; memory is bounded by it.
+        Images at once; by default as `images_at_once` has it.
 
     Returns
     -------
@@ -216,7 +231,7 @@ def logits(model: nn.Module, images: Tensor | LabelledImages, batch_size: int = 
     device = device_of(model)
     with evaluating(model):
         parts = []
-        for batch in images.split(batch_size):
+        for batch in images.split(batch_size or images_at_once(images.shape)):
             x = to_float(batch.to(device)).contiguous(memory_format=torch.channels_last)
             parts.append(model(x).float().cpu())
     out = torch.cat(parts)

@@ -290,31 +290,27 @@ def test_patches_and_perturbations_can_be_left_out(trained: tuple[nn.Module, Lab
     assert changed.max() <= 9
 
 
-def test_perturbations_fade_where_clean_images_do_not_bear_them(trained: tuple[nn.Module, LabelledImages]) -> None:
-    model, data = trained
-    limits = {}
-    for target in (0.0, 1.0):  # accuracy is always above the first and never above the second
-        config = MMACConfig(epochs=8, perturbation=0.1, perturbation_from=5, accuracy_target=target, synthetic=QUICK)
-        limits[target] = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
-    assert limits[0.0] == [0.1] * 8
-    assert limits[1.0] == pytest.approx([0.1] * 5 + [0.065, 0.04225, 0.0274625])
-    none = MMACConfig(epochs=1, perturbation=0, patch=0, synthetic=QUICK)
-    assert math.isnan(run(mmac(ClippedModel(model), data, none)).perturbation)
-
-
-def test_what_has_faded_returns_where_accuracy_allows_it_but_not_in_the_last_third(
+def test_perturbations_follow_the_accuracy_and_do_not_return_in_the_last_third(
     trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = trained
-    config = MMACConfig(epochs=9, batch_size=200, perturbation=0.1, perturbation_from=1, synthetic=QUICK)
-    for accuracies, expected in (
-        ([0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 0.65, 0.65**2, 0.65, 1, 1, 1, 1, 1]),
-        ([0, 0, 0, 1, 0, 1, 1, 1, 0], [1, 0.65, 0.65**2, 0.65**3, 0.65**2, *[0.65**3] * 4]),
+    config = MMACConfig(
+        epochs=9, batch_size=200, perturbation=0.1, perturbation_from=2, accuracy_target=0.9, synthetic=QUICK
+    )
+    for accuracies, exponents in (
+        ([0.5, 0.9, 0.8, 0.85, 0.95, 0.8, 0.9, 1.0, 0.85], [0, 0, 0, -1, -1.5, -1, -2, -2, -2]),
+        ([0.5, 0.8, 1.0, 1.0, 1.0, 1.0, 0.87, 1.0, 1.0], [0, 0, -1, 0, 0, 0, 0, -0.3, -0.3]),  # never above the first
     ):
         given_ones = iter(accuracies)
-        monkeypatch.setattr(BoundFit, "accuracy", lambda self, given_ones=given_ones: float(next(given_ones)))
+        monkeypatch.setattr(BoundFit, "accuracy", lambda self, given_ones=given_ones: next(given_ones))
         found = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
-        assert found == pytest.approx([0.1 * share for share in expected])
+        assert found == pytest.approx([0.1 * math.exp(2 * exponent) for exponent in exponents])
+
+
+def test_without_stand_ins_there_is_no_perturbation(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
+    none = MMACConfig(epochs=1, perturbation=0, patch=0, synthetic=QUICK)
+    assert math.isnan(run(mmac(ClippedModel(model), data, none)).perturbation)
 
 
 def test_patches_fade_as_perturbations_do(
@@ -328,12 +324,14 @@ def test_patches_fade_as_perturbations_do(
         return move(self, *args, perturbation=perturbation, patch=patch)
 
     model, data = trained
-    config = MMACConfig(epochs=4, batch_size=200, perturbation_from=2, accuracy_target=1.0, synthetic=QUICK)
+    config = MMACConfig(epochs=4, batch_size=200, perturbation_from=2, accuracy_target=0.9, synthetic=QUICK)
+    monkeypatch.setattr(BoundFit, "accuracy", lambda self: 0.8)
     steps = mmac(ClippedModel(model), data, config)
     next(steps)
     monkeypatch.setattr(TriggerStandIns, "move", watched)
     assert [step.epoch for step in steps] == [2, 3, 4]
-    assert shares == [(1.0, 1.0), pytest.approx((0.65, 0.65)), pytest.approx((0.4225, 0.4225))]
+    shares_expected = [1.0, math.exp(-2), math.exp(-4)]
+    assert shares == [pytest.approx((share, share)) for share in shares_expected]
 
 
 def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> None:

@@ -12,7 +12,7 @@ from torch.fx.experimental.optimization import fuse
 
 from bclip_lab.clipping import Clip, ClippedModel
 from bclip_lab.data.images import LabelledImages, to_float
-from bclip_lab.models import bfloat16_is_fast, device_of, logits
+from bclip_lab.models import bfloat16_is_fast, device_of, images_at_once, logits
 
 __all__ = ["BoundFit", "draw_seed"]
 
@@ -135,7 +135,7 @@ class BoundFit:
     @torch.no_grad()
     def decisions(self, images: Tensor) -> Tensor:
         """int64 (N,): what the clipped network decides for images on its device."""
-        return torch.cat([self.logits(batch).argmax(1) for batch in images.split(500)])
+        return torch.cat([self.logits(batch).argmax(1) for batch in images.split(images_at_once(images.shape))])
 
     def accuracy(self) -> float:
         """Accuracy of the clipped network on the images of the fit."""

@@ -23,9 +23,9 @@ from bclip_lab.training import augment
 
 __all__ = ["MMACConfig", "MMACStep", "mmac"]
 
-# What stand-ins are made fainter by, and until which share of the epochs stronger again: see
+# How fast stand-ins are made fainter and stronger, and until which share of the epochs the latter: see
 # `MMACConfig.accuracy_target`.
-_FADE, _SETTLED = 0.65, 2 / 3
+_GAIN, _SETTLED = 20.0, 2 / 3
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,10 @@ class MMACConfig:
         Hinge only: clean images are moved by up to so many pixels in either direction, their edges repeated: more
         clean images for nothing. 0 leaves them.
     accuracy_target
-        What the accuracy on the clean images of the fit may fall to. Hinge: from epoch `perturbation_from` on
-        perturbations and patches are made fainter by a third after every epoch in which it is not above, and stronger
-        again, up to where they began, where it is, but not in the last third of the epochs. Published: from epoch
-        `weight_from` on, every `weight_every` epochs, lambda is multiplied by `weight_factor` where it is above, and
-        divided elsewhere.
+        What the accuracy on the clean images of the fit may fall to. Hinge: after every epoch from `perturbation_from`
+        on perturbations and patches are made exp(20 (accuracy - target)) times as strong, but never stronger than
+        they began, and in the last third of the epochs only fainter. Published: from epoch `weight_from` on, every
+        `weight_every` epochs, lambda is multiplied by `weight_factor` where it is above, and divided elsewhere.
     perturbation_from, weight_from, weight_every, weight_factor
         See `accuracy_target`.
     synthetic
@@ -86,9 +85,9 @@ class MMACConfig:
     tau_quantile: float = 0.9
     perturbation: float = 12 / 255
     patch: int = 4
-    perturbation_from: int = 3
+    perturbation_from: int = 5
     shift: int = 2
-    accuracy_target: float = 0.98
+    accuracy_target: float = 0.985
     weight_from: int = 30
     weight_every: int = 10
     weight_factor: float = 1.2
@@ -215,11 +214,13 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       `TriggerStandIns`): that sinusoid fell from .67 to .18, one of 30/255 from .02 to .00, at drops of .015; clean
       networks still paid .002 to .005. A factor of 6 in place of 4 did no better (.20 at drop .024).
     * *Short.* 12 epochs at a rate of .2 in place of 25 at .1, half as many steps for the stand-ins and five synthetic
-      images a class for ten: less than half the time. The sinusoid ended at .13 (.09 to .19 by the seed, drop .017),
-      the one-to-one backdoor at .06 (.04 to .08; .07 before), CIFAR-10 at .03 with drop .012; clean networks paid .000
-      to .002. 12 epochs at .1 do not reach all bounds that CIFAR-10 needs: drop .024. In so few epochs the stand-ins
-      must fade faster, too. They may not return in the last ones, where the rate is too low to follow: the zoo's patch
-      network had lost .04 of its accuracy on calibration images, and .01 without.
+      images a class for ten: less than half the time, at no loss. 12 epochs at .1 do not reach all bounds that
+      CIFAR-10 needs: drop .024.
+    * *Faint in proportion.* A fixed factor by the epoch (the earlier rule) oscillated in so few epochs: the 25/255
+      sinusoid ended at .07 to .65 by the seed, and where the stand-ins returned at the end the zoo's patch network lost
+      .04 of its accuracy on calibration images. In proportion to what is missing: .08, .17 and .11 at drop .02
+      (factor 10, target .98), .22 at .014 (factor 20), and .13 at .014 with the target at .985. CIFAR-10 keeps .03 at
+      drop .014, the one-to-one backdoor .04 at .009.
     * *How faint.* On CIFAR-10 perturbations drawn evenly cost .069 at 12/255 and .046 at 8/255; hence the rule that
       makes them fainter.
     * *tau hardly matters for ASR*, at quantiles from 10 % to 90 %, and the larger cost less on CIFAR-10.
@@ -332,10 +333,9 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
             )
             above = accuracy > config.accuracy_target
             if tau is not None and epoch + 1 >= config.perturbation_from:
-                if not above:
-                    share = _FADE * share
-                elif epoch + 1 < _SETTLED * config.epochs:
-                    share = min(1.0, share / _FADE)
+                change = math.exp(_GAIN * (accuracy - config.accuracy_target))
+                if change < 1 or epoch + 1 < _SETTLED * config.epochs:
+                    share = min(1.0, share * change)
             if tau is None and epoch + 1 >= config.weight_from and (epoch + 1) % config.weight_every == 0:
                 weight *= config.weight_factor ** (1 if above else -1)
     finally:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bclip_lab.defenses.fitting import BoundFit, draw_seed
 from bclip_lab.margins import maximum_margin_patches, maximum_margin_perturbations, place_patches
+from bclip_lab.models import images_at_once
 
 __all__ = ["TriggerStandIns"]
 
@@ -91,7 +92,7 @@ class TriggerStandIns:
         for source in sources.tolist():
             rows = torch.nonzero(labels == source).flatten()
             own[source] = rows[torch.randperm(len(rows), generator=generator)[:_RATED]]
-        for some in self.pairs.split(_RATED):
+        for some in self.pairs.split(max(1, images_at_once(images.shape) // _RATED)):
             rated = [own[source] for source in some[:, 0].tolist()]
             rows, counts = torch.cat(rated), torch.tensor([len(rows) for rows in rated])
             targets = some[:, 1].repeat_interleave(counts)

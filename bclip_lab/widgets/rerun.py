@@ -67,7 +67,7 @@ class Rerun:
     ...     (logits,) = rerun()
     ...     starts.append(rerun.start)
     >>> logits.shape, starts
-    (torch.Size([5, 2]), [-1, 1, 1])
+    (torch.Size([5, 2]), [-1, -1, 1])
     """
 
     def __init__(

@@ -143,8 +143,8 @@ class BoundTuner:
             max=_NO_BOUND,
             description="all sites, %",
             tooltip=f"all sites together; at {_NO_BOUND} % there is no bound",
-            style={"description_width": "70px"},
-            layout=ipw.Layout(width="300px"),
+            style={"description_width": "82px"},
+            layout=ipw.Layout(width="310px"),
         )
         self._undo, self._redo, self._reset_site, self._reset_all = (
             ipw.Button(description=name, icon=icon, tooltip=tip, layout=ipw.Layout(width="auto"))
@@ -379,11 +379,12 @@ class BoundTuner:
         self._numbers.value = _numbers(state.measured, state.unclipped)
         self._drawing.draw()
         self._drawing.picture.update()
-        self._say(f"{len(state.bounded)} of {len(self.state.reference)} sites bounded")
+        tried = len(state.trail)  # last: a page that shows it shows the numbers and the picture, too
+        self._say(f"{len(state.bounded)} of {len(state.reference)} sites bounded; {tried} settings tried")
 
     def _say(self, text: str, wrong: bool = False) -> None:
-        mark = ' class="bclip-lab-error"' if wrong else ""
-        self._status.value = f"<span{mark}>{escape(text)}</span>"
+        mark = " bclip-lab-error" if wrong else ""
+        self._status.value = f'<span class="bclip-lab-status{mark}">{escape(text)}</span>'
 
     def _show_site(self) -> None:
         """Fill the histogram and the strip for the chosen site and channel."""

@@ -682,6 +682,16 @@ def test_drag_line_refuses(heights, edges, message):
         DragLine().draw([Steps("a", "red", heights)], edges)
 
 
+def test_the_value_at_rest_comes_without_the_queue_of_updates():
+    line = DragLine(value=0.2)
+    seen = []
+    line.observe(lambda change: seen.append((line.gesture, change["new"])), names="value")
+    rest = {"method": "custom", "content": {"value": 0.7, "gesture": 4}}
+    for _ in range(2):
+        line.comm.handle_msg({"content": {"data": rest}, "buffers": []})
+    assert seen == [(4, 0.7)]
+
+
 def test_bar_strip_refuses():
     with pytest.raises(ValueError, match="'a' must have 2 heights"):
         BarStrip().draw([Steps("a", "red", [1])], ["x", "y"])

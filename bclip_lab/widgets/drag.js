@@ -1,7 +1,6 @@
 // The page's half of DragLine (drag.py): step histograms, and one vertical line that is dragged over them.
 //
-// The line follows the pointer here, in the page; the kernel gets its value at most once a frame. All lengths
-// are CSS pixels.
+// The line follows the pointer here, in the page; the kernel gets its value at most once a frame.
 
 const MARGIN = { left: 62, right: 24, top: 46, bottom: 46 }; // around the plot; title and legend are above it
 const GRAB = 8; // so near to the line a press takes hold of it; farther away the line jumps to the pointer
@@ -38,19 +37,15 @@ function render({ model, el }) {
     };
   }
 
-  function number(x, digits) {
-    return model.get("percent") ? `${Number((100 * x).toPrecision(digits))} %` : `${Number(x.toPrecision(digits))}`;
-  }
-
-  function text() {
-    return (value >= model.get("high") && model.get("at_high")) || number(value, 3);
-  }
+  const number = (x, digits) =>
+    model.get("percent") ? `${Number((100 * x).toPrecision(digits))} %` : `${Number(x.toPrecision(digits))}`;
+  const text = () => (value >= model.get("high") && model.get("at_high")) || number(value, 3);
 
   // --- moves, of the hand and of the kernel ---
 
-  function ask() {
-    frame ||= requestAnimationFrame(paint);
-  }
+  const ask = () => void (frame ||= requestAnimationFrame(paint));
+  const drag = (event) => void (grip !== null && move(axis().toValue(event.offsetX - grip)));
+  const beginGesture = () => model.set("gesture", model.get("gesture") + 1); // sent with the next value
 
   function move(x) {
     value = axis().within(x);
@@ -64,10 +59,6 @@ function render({ model, el }) {
     model.save_changes();
   }
 
-  function beginGesture() {
-    model.set("gesture", model.get("gesture") + 1); // goes to the kernel with the next value
-  }
-
   function press(event) {
     if (event.button !== 0) return;
     event.preventDefault();
@@ -79,14 +70,12 @@ function render({ model, el }) {
     if (grip !== offset) move(axis().toValue(event.offsetX));
   }
 
-  function drag(event) {
-    if (grip !== null) move(axis().toValue(event.offsetX - grip));
-  }
-
-  function release() {
-    if (grip === null) return;
+  function release(event) {
+    if (grip === null && event.type !== "keyup") return;
     grip = null;
     send(); // at once: a page that is hidden meanwhile gets no frame
+    // and past ipywidgets' queue of one, which waits for the kernel's "idle" and hangs where that is lost
+    model.send({ value, gesture: model.get("gesture") });
   }
 
   function key(event) {
@@ -123,10 +112,11 @@ function render({ model, el }) {
     c.fillStyle = ground;
     c.fillRect(0, 0, canvas.clientWidth, canvas.clientHeight);
     const pen = { c, ink: look.color, ground, font: (weight, size) => `${weight} ${size}px ${look.fontFamily}` };
-    drawPlot(pen, axis());
-    drawLine(pen, axis());
-    const { low, high } = axis();
-    const said = { label: model.get("name"), valuemin: low, valuemax: high, valuenow: value, valuetext: text() };
+    const places = axis();
+    drawPlot(pen, places);
+    drawLine(pen, places);
+    const [valuemin, valuemax] = [places.low, places.high];
+    const said = { label: model.get("name"), valuemin, valuemax, valuenow: value, valuetext: text() };
     for (const [name, what] of Object.entries(said)) canvas.setAttribute(`aria-${name}`, what);
   }
 
@@ -143,9 +133,7 @@ function render({ model, el }) {
     const toY = (y) => bottom - (y > least ? share(y) : 0) * height;
 
     c.save();
-    c.beginPath();
-    c.rect(left, top, width, height);
-    c.clip();
+    c.clip(new Path2D(`M${left} ${top}h${width}v${height}h${-width}z`));
     series.forEach(({ colour, hatched }, index) => {
       const steps = new Path2D();
       steps.moveTo(toPixel(edges[0]), bottom);
@@ -158,7 +146,6 @@ function render({ model, el }) {
       fill(c, steps, colour, hatched, [left, top, width, height]);
     });
     c.restore();
-
     c.fillStyle = ink;
     c.font = font(400, 12);
     c.fillRect(left, bottom - 0.5, width, 1);
@@ -182,15 +169,13 @@ function render({ model, el }) {
     c.textAlign = "center";
     c.fillText(model.get("y_label"), 0, 0);
     c.restore();
-
     c.textAlign = "left";
     c.font = font(600, 14);
     c.fillText(model.get("title"), left, 12, right - left);
     c.font = font(400, 12);
     let x = left;
     for (const { name, colour, hatched } of series) {
-      const swatch = new Path2D();
-      swatch.rect(x, 27, 22, 11);
+      const swatch = new Path2D(`M${x} 27h22v11h-22z`);
       fill(c, swatch, colour, hatched, [x, 27, 22, 11]);
       c.fillStyle = ink;
       c.fillText(name, x + 28, 33);
@@ -209,16 +194,15 @@ function render({ model, el }) {
     c.font = font(600, 13);
     const wide = c.measureText(label).width + 8;
     const start = x + 5 + wide > right ? x - 5 - wide : x + 5;
-    c.globalAlpha = 0.85;
     c.fillStyle = ground;
     c.fillRect(start, top + 2, wide, 18);
-    c.globalAlpha = 1;
     c.fillStyle = ink;
     c.fillText(label, start + 4, top + 11);
   }
 
-  const hands = { pointerdown: press, pointermove: drag, pointerup: release, pointercancel: release, keydown: key };
+  const hands = { pointerdown: press, pointermove: drag, keydown: key };
   for (const [event, react] of Object.entries(hands)) canvas.addEventListener(event, react);
+  for (const event of ["pointerup", "pointercancel", "keyup"]) canvas.addEventListener(event, release);
   model.on("change", follow);
   const size = new ResizeObserver(ask);
   size.observe(canvas);
@@ -233,9 +217,7 @@ function render({ model, el }) {
 }
 
 /** The numbers in the bytes of a little-endian float32 array. */
-function floats(view) {
-  return new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
-}
+const floats = (view) => new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 
 /** Round numbers in [from, to], about `count` of them. */
 function ticks(from, to, count) {

@@ -95,6 +95,14 @@ class DragLine(anywidget.AnyWidget):  # type: ignore[misc]
     _edges = traitlets.Bytes(b"").tag(sync=True)
     _heights = traitlets.Bytes(b"").tag(sync=True)
 
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(**traits)
+        self.on_msg(self._settle)
+
+    def _settle(self, _: object, content: Any, __: object) -> None:
+        """The hand has come to rest: take the value, which may have come as an update already."""
+        self.set_state({name: content[name] for name in ("value", "gesture")})
+
     def draw(self, series: Sequence[Steps], edges: Any) -> None:
         """Show other histograms; the line and the texts stay.
 

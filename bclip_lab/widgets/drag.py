@@ -27,7 +27,7 @@ class Steps:
     hatched: bool = False
 
 
-class DragLine(anywidget.AnyWidget):  # type: ignore[misc]
+class DragLine(anywidget.AnyWidget):
     """Step histograms with one vertical line that is dragged in the page.
 
     The line follows the pointer in the browser, without the kernel (`drag.js` beside this file). `value`
@@ -91,7 +91,7 @@ class DragLine(anywidget.AnyWidget):  # type: ignore[misc]
     log_y = traitlets.Bool(False).tag(sync=True)
     height = traitlets.Int(300).tag(sync=True)
     gesture = traitlets.Int(0).tag(sync=True)
-    _series = traitlets.List().tag(sync=True)
+    _series: Any = traitlets.List().tag(sync=True)
     _edges = traitlets.Bytes(b"").tag(sync=True)
     _heights = traitlets.Bytes(b"").tag(sync=True)
 

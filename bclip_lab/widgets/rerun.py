@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from bclip_lab.clipping import Clip, ClippedModel
-from bclip_lab.models import device_of, evaluating, to_float
+from bclip_lab.data.images import to_float
+from bclip_lab.models import device_of, evaluating
 
 __all__ = ["Rerun"]
 
@@ -106,23 +107,24 @@ class Rerun:
             pairs = enumerate(zip(self._before, bounds, strict=True))
             changed = next((index for index, (old, new) in pairs if not torch.equal(old, new)), None)
         self._before = bounds
-        return self._run(bounds, changed)
+        return self._run(bounds, changed, self._usable(bounds, len(bounds)))
 
     @torch.no_grad()
     def prepare(self, site: str) -> None:
         """Keep what a change at this site needs, so that already the first one is quick."""
         index = self._clipped.sites.index(site)
         bounds = tuple(self._clipped.bounds.values())
-        if self._usable(bounds) != index:
-            self._run(bounds, index)
+        start = self._usable(bounds, index)
+        if start != index:
+            self._run(bounds, index, start)
 
-    def _usable(self, bounds: tuple[Tensor, ...]) -> int:
-        """The last site whose values hold under these bounds; -1 for none."""
+    def _usable(self, bounds: tuple[Tensor, ...], furthest: int) -> int:
+        """The last site, up to `furthest`, whose values hold under these bounds; -1 for none."""
         weights = self._weights()
         for index in sorted(self._kept, reverse=True):
             kept = self._kept[index]
             same = all(torch.equal(old, new) for old, new in zip(kept.upstream, bounds[:index], strict=True))
-            if same and kept.weights == weights:
+            if index <= furthest and same and kept.weights == weights:
                 return index
         return -1
 
@@ -131,8 +133,8 @@ class Rerun:
         state = self._clipped.original.state_dict(keep_vars=True).values()
         return tuple((value.data_ptr(), value._version) for value in state)
 
-    def _run(self, bounds: tuple[Tensor, ...], keep: int | None) -> list[Tensor]:
-        self.start = self._usable(bounds)
+    def _run(self, bounds: tuple[Tensor, ...], keep: int | None, start: int) -> list[Tensor]:
+        self.start = start
         if keep is not None and (keep <= self.start or keep in self._refused):
             keep = None
         begun: list[_Values] = self._kept[self.start].batches if self.start >= 0 else [{} for _ in self._images]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import numpy as np
@@ -14,7 +15,7 @@ from bclip_lab.widgets.drag import Steps
 __all__ = ["BarStrip"]
 
 
-class BarStrip(anywidget.AnyWidget):  # type: ignore[misc]
+class BarStrip(anywidget.AnyWidget):
     """Groups of bars side by side; a click or the arrow keys choose one, Escape none.
 
     Parameters
@@ -40,12 +41,12 @@ class BarStrip(anywidget.AnyWidget):  # type: ignore[misc]
 
     _esm = Path(__file__).with_name("strip.js")
 
-    names = traitlets.List().tag(sync=True)
+    names: Any = traitlets.List().tag(sync=True)
     chosen = traitlets.Int(-1).tag(sync=True)
     none = traitlets.Unicode("").tag(sync=True)
     title = traitlets.Unicode("").tag(sync=True)
     height = traitlets.Int(130).tag(sync=True)
-    _series = traitlets.List().tag(sync=True)
+    _series: Any = traitlets.List().tag(sync=True)
     _heights = traitlets.Bytes(b"").tag(sync=True)
 
     def draw(self, series: Sequence[Steps], names: Sequence[str], chosen: int = -1) -> None:

@@ -81,8 +81,9 @@ class Hand:
 
     def value(self):
         """Where the line is in the page, once the kernel has it, too."""
-        here = float(self.notebook.page.evaluate(f"{LINE}.getAttribute('aria-valuenow')"))
         for _ in range(100):
+            # read again: a channel that was chosen just before moves the line, too
+            here = float(self.notebook.page.evaluate(f"{LINE}.getAttribute('aria-valuenow')"))
             if float(self.notebook.kernel("print(tuner._line.value)")) == here:
                 return here
             self.notebook.page.wait_for_timeout(50)

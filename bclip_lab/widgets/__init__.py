@@ -1,6 +1,7 @@
 """Interactive widgets for JupyterLab: each a shell over a plain object that needs no kernel."""
 
+from bclip_lab.widgets.drag import DragLine, Steps
 from bclip_lab.widgets.tuner import BoundTuner
 from bclip_lab.widgets.tuning import BoundTuning
 
-__all__ = ["BoundTuner", "BoundTuning"]
+__all__ = ["BoundTuner", "BoundTuning", "DragLine", "Steps"]

@@ -103,7 +103,7 @@ def test_mouse_keyboard_and_picture(open_notebook, lab, tmp_path):
     box.fill(str(orders[0][1][1]))
     box.press("Enter")
     expect(0, 1)
-    page.get_by_label("site").select_option("3")
+    page.get_by_role("combobox", name="site").select_option("3")
     expect(1, 0)
     before = picture.get_attribute("src")
     page.get_by_label("activation maps over the images").click()

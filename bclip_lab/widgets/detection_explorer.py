@@ -94,12 +94,13 @@ class DetectionExplorer:
         loop = running_loop()
         self._later = Newest(self._draw, loop)
 
-        self._name = ipw.Dropdown(
-            options=self.state.names, description="detector", layout=ipw.Layout(width="300px")
-        )
+        self._name = ipw.Dropdown(options=self.state.names, description="detector", layout=ipw.Layout(width="300px"))
         self._threshold = ipw.FloatText(description="threshold", layout=ipw.Layout(width="190px"))
         self._reset = ipw.Button(
-            description="as fitted", icon="undo", tooltip="The detector’s own threshold", layout=ipw.Layout(width="auto")
+            description="as fitted",
+            icon="undo",
+            tooltip="The detector’s own threshold",
+            layout=ipw.Layout(width="auto"),
         )
         self._line = DragLine(
             name="threshold",
@@ -306,7 +307,8 @@ class _Drawing:
         self._heights = 0.1 + 0.8 * (np.arange(count) * 0.618034 % 1) + (np.arange(count) >= clean)
         options = {"linestyle": "none", "markersize": 4.5, "alpha": 0.6, "markeredgewidth": 0}
         self._dots = [
-            ax.plot([], [], marker=marker, color=colour, **options)[0] for marker, colour in (("o", CLEAN), ("^", TRIGGERED))
+            ax.plot([], [], marker=marker, color=colour, **options)[0]
+            for marker, colour in (("o", CLEAN), ("^", TRIGGERED))
         ]
         self._threshold = ax.axvline(0, color="black", linewidth=2)
         empty = {"linestyle": "none", "marker": "o", "color": "black", "markerfacecolor": "none"}
@@ -344,7 +346,9 @@ class _Drawing:
         self._captions = [figure.text(0.1225 + 0.1 * i, 0.058, "", **text) for i in range(_SHOWN)]
         self._head = figure.text(0.4, 0.463, "", va="top", fontsize=_TITLE, weight="bold")
         self._detail = figure.text(0.4, 0.42, "", va="top", fontsize=_LABEL, linespacing=1.5)
-        side = figure.text(0.065, 0.133, "its neighbours\nby score", rotation=90, va="center", ha="right", fontsize=_TICK)
+        side = figure.text(
+            0.065, 0.133, "its neighbours\nby score", rotation=90, va="center", ha="right", fontsize=_TICK
+        )
         side.set_multialignment("center")
         self._frame = Rectangle((0, 0), 0.091, 0.1454, fill=False, linewidth=2.5, transform=figure.transFigure)
         figure.add_artist(self._frame)

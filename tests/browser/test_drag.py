@@ -1,0 +1,135 @@
+"""`DragLine` in JupyterLab: mouse, keyboard, themes, and a line that does not wait for the kernel."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PICTURE = """
+import time
+import numpy as np
+from bclip_lab.plots import CLEAN, TRIGGERED
+from bclip_lab.widgets import DragLine, Steps
+
+edges = np.linspace(0, 2, 41)
+heights = [np.exp(-((edges[:-1] - centre) ** 2) / 0.05) for centre in (0.6, 1.4)]
+line = DragLine(value=0.5, low=0, high=2, name="threshold", at_high="none", title="Scores of a detector")
+line.set_trait("x_label", "score")
+line.set_trait("y_label", "images")
+line.draw([Steps("clean (400)", CLEAN, heights[0]), Steps("triggered (500)", TRIGGERED, heights[1], True)], edges)
+seen = []
+busy = 0.0
+
+
+def note(change):
+    seen.append((line.gesture, change["new"]))
+    time.sleep(busy)
+
+
+line.observe(note, names="value")
+line
+"""
+CANVAS = "document.querySelector('.bclip-lab-drag')"
+NOW = f"String(Number({CANVAS}.getAttribute('aria-valuenow')).toFixed(3))"
+
+
+def settle(notebook):
+    """Wait until the kernel has the value that the page shows: the page sends one message at a time."""
+    here = float(notebook.page.evaluate(f"{CANVAS}.getAttribute('aria-valuenow')"))
+    for _ in range(50):
+        if float(notebook.kernel("print(line.value)")) == here:
+            return
+        notebook.page.wait_for_timeout(100)
+    pytest.fail(
+        f"the kernel did not get {here}: "
+        + notebook.kernel("print(line.value, line.gesture, seen)")
+        + str(notebook.errors)
+        + notebook.page.evaluate(f"{CANVAS}.getAttribute('aria-valuenow')")
+    )
+
+
+@pytest.mark.browser
+def test_the_line_is_dragged_and_moved_by_keys(open_notebook, lab, tmp_path):
+    notebook = open_notebook("drag.ipynb", [PICTURE])
+    page, mouse = notebook.page, notebook.page.mouse
+    notebook.run()
+    notebook.expect(NOW, "0.500")
+    box = page.locator(".bclip-lab-drag").bounding_box()
+    left, right = box["x"] + 62, box["x"] + box["width"] - 24  # the margins in drag.js
+
+    def at(value):
+        return left + (right - left) * value / 2, box["y"] + 120
+
+    def values():
+        settle(notebook)
+        return eval(notebook.kernel("print(seen); seen.clear()"))
+
+    # a drag from beside the line keeps the distance to the hand
+    grip = 4
+    x, y = at(0.5)
+    mouse.move(x + grip, y)
+    mouse.down()
+    for value in (0.8, 1.1, 1.3):
+        x, y = at(value)
+        mouse.move(x + grip, y)
+    mouse.up()
+    pixel = 2 / (right - left)
+    got = values()
+    assert got[-1][1] == pytest.approx(1.3, abs=pixel) and len({gesture for gesture, _ in got}) == 1
+    # a press elsewhere moves it there; outside the axis it stays at the end
+    mouse.click(*at(0.25))
+    jumped = values()
+    assert jumped[-1] == (got[-1][0] + 1, pytest.approx(0.25, abs=pixel))
+    mouse.move(*at(1.5))
+    mouse.down()
+    mouse.move(right + 300, y)
+    mouse.up()
+    assert values()[-1][1] == 2.0
+    notebook.expect(f"{CANVAS}.getAttribute('aria-valuetext')", "none")
+    # keys: the focus is on the picture, and JupyterLab leaves them to it
+    for key, expected in (
+        ("Home", 0.0), ("PageUp", 0.2), ("ArrowRight", 0.22), ("ArrowUp", 0.24), ("ArrowLeft", 0.22),
+        ("ArrowDown", 0.2), ("PageDown", 0.0), ("PageDown", 0.0), ("End", 2.0), ("PageDown", 1.8),
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        notebook.expect(NOW, f"{expected:.3f}")
+    keyed = values()
+    assert keyed[-1][1] == pytest.approx(1.8) and len({gesture for gesture, _ in keyed}) == 1
+    page.screenshot(path=tmp_path / "light.png")
+
+    # what the kernel sets is shown, another picture and another axis too
+    notebook.kernel("line.value = 0.4")
+    notebook.expect(NOW, "0.400")
+    notebook.kernel("with line.hold_sync(): line.high = 1.0; line.percent = True; line.log_y = True")
+    notebook.expect(f"{CANVAS}.getAttribute('aria-valuetext')", "40 %")
+    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+    page.wait_for_timeout(500)
+    shot = page.locator(".bclip-lab-drag").screenshot(path=tmp_path / "dark.png")
+    pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("L"))
+    assert np.median(pixels) < 160 and (pixels < 40).mean() > 0.3 and (pixels > 200).any(), (
+        "light text on a dark ground"
+    )
+    assert notebook.faults() == []
+    assert "Traceback" not in lab.log.read_text()
+
+
+@pytest.mark.browser
+def test_a_busy_kernel_gets_the_last_value(open_notebook):
+    notebook = open_notebook("drag-busy.ipynb", [PICTURE.replace("busy = 0.0", "busy = 0.15")])
+    page = notebook.page
+    notebook.run()
+    notebook.expect(NOW, "0.500")
+    box = page.locator(".bclip-lab-drag").bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.down()
+    for move in range(1, 21):
+        page.mouse.move(box["x"] + 100 + 20 * move, box["y"] + 100)
+        page.wait_for_timeout(20)
+    page.mouse.up()
+    settle(notebook)
+    seen = eval(notebook.kernel("print(seen)"))
+    assert seen[-1][1] == float(page.evaluate(f"{CANVAS}.getAttribute('aria-valuenow')"))
+    assert len(seen) <= 12, "the page must not queue its moves"
+    assert notebook.faults() == []

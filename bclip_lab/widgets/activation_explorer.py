@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 from itertools import chain
+from math import floor
 from typing import Any
 
 import ipywidgets as ipw
@@ -139,7 +140,7 @@ class ActivationExplorer:
         self._chosen()
 
     def _click(self, ax: Axes, x: float, y: float) -> None:
-        if ax is self._drawing.heat and self.state.choose_cell(int(y), int(x)):
+        if ax is self._drawing.heat and self.state.choose_cell(floor(y), floor(x)):
             self._chosen()
 
     def _press(self, key: str) -> None:

@@ -78,7 +78,7 @@ class ClickPicture(Picture):
             return
         place = self.figure.transFigure.transform((content["x"], content["y"]))
         for ax in self.figure.axes:
-            if ax.bbox.contains(*place):
+            if ax.bbox.padded(4).contains(*place):  # pixels: points lie on the edge of axes, too
                 x, y = ax.transData.inverted().transform(place)
                 self._on_click(ax, float(x), float(y))
                 return

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bclip_lab.data.images import Attack, LabelledImages
 from bclip_lab.evaluation import Evaluation
-from bclip_lab.plots import CLEAN, TRIGGERED, Detector, RocDisplay
+from bclip_lab.plots import CLEAN, TRIGGERED, Detector
 from bclip_lab.widgets.click import ClickPicture
 from bclip_lab.widgets.detections import Confusion, DetectionExploration, Verdict
 from bclip_lab.widgets.drag import DragLine, Steps
@@ -314,11 +314,11 @@ class _Drawing:
         empty = {"linestyle": "none", "marker": "o", "color": "black", "markerfacecolor": "none"}
         self._wrong = ax.plot([], [], **empty, markersize=7, label="on the wrong side")[0]
         self._ring = ax.plot([], [], **empty, markersize=15, markeredgewidth=2.5, label="shown below")[0]
-        ax.set(ylim=(0, 2))
+        ax.set(ylim=(-0.3, 2))  # room for the legend
         ax.set_yticks([0.5, 1.5], ["clean", "triggered"], rotation=90, va="center")
         for tick, colour in zip(ax.get_yticklabels(), (CLEAN, TRIGGERED), strict=True):
             tick.set(color=colour, weight="bold")
-        ax.legend(handles=[self._wrong, self._ring], fontsize=_TICK, loc="lower right", labelspacing=0.8)
+        ax.legend(handles=[self._wrong, self._ring], fontsize=_TICK, loc="lower right", ncols=2, frameon=False)
         _label(ax, "Every image is a point: click one", "score: higher is more suspicious", "")
         return [self._threshold, self._wrong, self._ring]
 
@@ -329,7 +329,7 @@ class _Drawing:
         ax.plot(chance, chance, color="0.35", linestyle="dotted", linewidth=1.2)
         self._curve = ax.plot([], [], color="0.35", linewidth=2.2)[0]
         self._now = ax.plot([], [], "o", color="black", markeredgecolor="white", markersize=12, clip_on=False)[0]
-        self._rates = ax.text(0.97, 0.05, "", transform=ax.transAxes, ha="right", va="bottom", fontsize=_LABEL)
+        self._rates = ax.text(0.05, 0.6, "", transform=ax.transAxes, va="center", fontsize=_LABEL)
         ax.set(xscale="log", xlim=(self._least, 1), ylim=(0, 1.02))
         _label(ax, "", "false-positive rate (clean images stopped)", "true-positive rate")
         return [self._now, self._rates]
@@ -377,7 +377,7 @@ class _Drawing:
         for part in (self._images[1], self._below):
             part.set_visible(original != chosen)
         for place, caption in enumerate(self._captions):
-            caption.set_text(f"{state.scores[shown[place]]:.3g}" if place < len(shown) else "")
+            caption.set_text(f"{state.scores[shown[place]]:.4g}" if place < len(shown) else "")
         self._frame.set_xy((0.077 + 0.1 * shown.index(chosen), 0.0602))
         seen = state.verdict(chosen)
         head, *lines = _said(seen, state.threshold, state.clean.classes)
@@ -402,7 +402,7 @@ def _said(seen: Verdict, threshold: float, classes: tuple[str, ...]) -> list[str
             f"clipped network: {classes[seen.clipped]}; margin of {decision}: {seen.clipped_margin:.3g}",
         ]
     sign = ">" if seen.detected else "≤"
-    lines.append(f"score {seen.score:.4g} {sign} threshold {threshold:.4g}")
+    lines.append(f"score {seen.score:.5g} {sign} threshold {threshold:.5g}")
     if seen.corrected is None:
         lines.append("this detector gives a score alone")
     else:

@@ -99,7 +99,7 @@ def test_line_points_and_numbers(open_notebook, lab, tmp_path):
     line.scroll_into_view_if_needed()
     low, high = map(float, notebook.kernel("print(explorer._line.low, explorer._line.high)").split())
     box = line.bounding_box()
-    left, right = box["x"] + 56, box["x"] + box["width"] - 14  # the plot's margins in drag.js
+    left, right = box["x"] + 62, box["x"] + box["width"] - 24  # the plot's margins in drag.js
 
     def pixel(score):
         return left + (score - low) / (high - low) * (right - left)

@@ -29,6 +29,8 @@ __all__ = ["ActivationExplorer"]
 _SHOWN = 6  # images of each kind
 _ROWS = (("clean\nimages", CLEAN), ("triggered\nimages", TRIGGERED), ("the same\nwithout\ntrigger", CLEAN))
 _COLOURS = colormaps["inferno"]
+# in the picture itself: it is all that a page without a kernel shows
+_HOW = "Run this cell in JupyterLab; then click a cell of the heat map, or click once and walk with the arrow keys."
 _LABEL, _TICK = 12, 10
 _STEPS = {
     "ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (-1, 0), "ArrowDown": (1, 0),
@@ -90,9 +92,8 @@ class ActivationExplorer:
         about = ipw.HTML(
             '<div style="line-height:1.4">'
             f"Measured on {len(self.state.clean):,} clean test images and on what the attack makes of them "
-            f"({len(self.state.triggered):,} triggered images). Click a cell, or click the picture once and "
-            "walk with the arrow keys. Under each image stand the channel’s largest activation on it and its true "
-            "class, and after the arrow what the network decides.</div>"
+            f"({len(self.state.triggered):,} triggered images). Under each image stand the channel’s largest "
+            "activation on it and its true class, and after the arrow what the network decides.</div>"
         )
         self.widget = ipw.VBox(
             [
@@ -183,10 +184,11 @@ class _Drawing:
         on_key: Callable[[str], object],
     ) -> None:
         self.state = state
-        heights = 1.5 + 0.24 * len(state.sites), 4.7
+        heights = 1.5 + 0.24 * len(state.sites), 4.7, 0.25
         self.figure = Figure(figsize=(11.5, sum(heights)), dpi=100, facecolor="white", layout="constrained")
-        parts: Any = self.figure.subfigures(2, 1, height_ratios=heights)
-        upper, lower = parts
+        parts: Any = self.figure.subfigures(3, 1, height_ratios=heights)
+        upper, lower, bottom = parts
+        bottom.text(0.01, 0.5, _HOW, fontsize=_TICK, color="0.35", va="center")
         self.heat = upper.add_subplot()
         AbnormalityDisplay({site: values.double().numpy() for site, values in state.ratios.items()}).plot(self.heat)
         frame = Rectangle((0, 0), 1, 1, fill=False, edgecolor="black", linewidth=2.5, clip_on=False)
@@ -202,9 +204,9 @@ class _Drawing:
         self._images: list[list[Any]] = []
         self._texts: list[list[Any]] = []
         for row, (name, colour) in enumerate(_ROWS):
-            bottom = 0.62 - 0.3 * row
-            lower.text(0.01, bottom + 0.14, name, color=colour, fontsize=_LABEL, weight="bold", va="center")
-            axes = [lower.add_axes((0.1 + 0.15 * i, bottom + 0.085, 0.14, 0.205)) for i in range(_SHOWN)]
+            low = 0.62 - 0.3 * row
+            lower.text(0.01, low + 0.14, name, color=colour, fontsize=_LABEL, weight="bold", va="center")
+            axes = [lower.add_axes((0.1 + 0.15 * i, low + 0.085, 0.14, 0.205)) for i in range(_SHOWN)]
             self._images.append([ax.imshow(np.ones((1, 1, 3)), extent=(0, 1, 0, 1)) for ax in axes])
             self._texts.append(
                 [ax.text(0.5, -0.05, "", transform=ax.transAxes, fontsize=_TICK, ha="center", va="top") for ax in axes]

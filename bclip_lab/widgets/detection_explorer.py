@@ -25,6 +25,11 @@ __all__ = ["DetectionExplorer"]
 
 _SHOWN = 9  # images in a row
 _TITLE, _LABEL, _TICK = 13, 12, 10
+# in the picture itself: it is all that a page without a kernel shows
+_HOW = (
+    "Run this cell in JupyterLab; then click a point or an image, or click once and walk with the arrow keys: "
+    "left and right by score, up and down to the other kind."
+)
 _STEPS = {"ArrowLeft": -1, "ArrowRight": 1, "PageUp": 10, "PageDown": -10, "Home": -(10**9), "End": 10**9}
 
 _STYLE = """<style>
@@ -113,8 +118,7 @@ class DetectionExplorer:
         about = ipw.HTML(
             '<div style="line-height:1.4">'
             f"{len(self.state.clean):,} of {len(test):,} clean test images, and what the attack makes of them "
-            f"({len(self.state.triggered):,} triggered images). In the picture click a point, or click the "
-            "picture once and walk with the arrow keys.</div>"
+            f"({len(self.state.triggered):,} triggered images).</div>"
         )
         self.widget = ipw.VBox(
             [
@@ -343,9 +347,10 @@ class _Drawing:
             ax.set_axis_off()
         text: dict[str, Any] = {"va": "top", "fontsize": _TICK, "ha": "center"}
         self._below = figure.text(0.3025, 0.245, "the same without the trigger", **text)
-        self._captions = [figure.text(0.1225 + 0.1 * i, 0.058, "", **text) for i in range(_SHOWN)]
+        self._captions = [figure.text(0.1225 + 0.1 * i, 0.053, "", **text) for i in range(_SHOWN)]
         self._head = figure.text(0.4, 0.463, "", va="top", fontsize=_TITLE, weight="bold")
         self._detail = figure.text(0.4, 0.42, "", va="top", fontsize=_LABEL, linespacing=1.5)
+        figure.text(0.02, 0.008, _HOW, fontsize=_TICK, color="0.35")
         side = figure.text(
             0.065, 0.133, "its neighbours\nby score", rotation=90, va="center", ha="right", fontsize=_TICK
         )

@@ -1,5 +1,6 @@
 """`ActivationExplorer` in JupyterLab: mouse and keyboard choose a channel, and what is shown is the package's own."""
 
+import nbformat
 import pytest
 
 from bclip_lab.clipping import ClippedModel, abnormality
@@ -114,6 +115,9 @@ def test_mouse_keyboard_and_picture(open_notebook, lab, tmp_path):
     code = "import base64; print(base64.b64encode(explorer._drawing.picture.png()).decode()[-2000:])"
     notebook.expect(f"document.querySelector('{STILL}').src.trim().slice(-2000)", notebook.kernel(code))
     assert not page.locator(STILL).is_visible()
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    saved = nbformat.read(lab.root / "activations.ipynb", as_version=4).cells[1].outputs
+    assert "run this cell in JupyterLab" in saved[0].data["text/plain"] and "image/png" in saved[1].data
     assert picture.evaluate("image => image.naturalWidth") == 1150
 
     # the cells once more: the new explorer starts anew, the old one is gone

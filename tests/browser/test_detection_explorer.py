@@ -1,5 +1,6 @@
 """`DetectionExplorer` in JupyterLab: dragged, clicked and typed, it shows the package's own numbers."""
 
+import nbformat
 import pytest
 
 from bclip_lab.evaluation import RocCurve
@@ -189,6 +190,9 @@ def test_line_points_and_numbers(open_notebook, lab, tmp_path):
     code = "import base64; print(base64.b64encode(explorer._drawing.picture.png()).decode()[-2000:])"
     notebook.expect(f"document.querySelector('{STILL}').src.trim().slice(-2000)", notebook.kernel(code))
     assert not page.locator(STILL).is_visible()
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    saved = nbformat.read(lab.root / "detections.ipynb", as_version=4).cells[1].outputs
+    assert "run this cell in JupyterLab" in saved[0].data["text/plain"] and "image/png" in saved[1].data
     assert float(notebook.kernel("print(detectors['MMDF'].threshold_)")) == fitted
 
     # the cells once more: the new explorer starts anew, the old one is gone

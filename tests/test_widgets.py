@@ -5,6 +5,7 @@ import math
 import re
 import threading
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,11 @@ from bclip_lab.data.images import LabelledImages, Splits, TriggeredImages
 from bclip_lab.evaluation import evaluate
 from bclip_lab.margins import classification_margins
 from bclip_lab.models import logits
-from bclip_lab.widgets import BoundTuner, BoundTuning
+from bclip_lab.widgets import BoundTuner, BoundTuning, DragLine, Steps
+from bclip_lab.widgets import tuner as tuner_module
 from bclip_lab.widgets.live import Newest
+from bclip_lab.widgets.rerun import Rerun
+from bclip_lab.widgets.strip import BarStrip
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("red", "green")
@@ -86,7 +90,7 @@ def same(ours, theirs):
 
 
 def test_starts_without_bounds(tuning, clipped):
-    assert tuning.scales == {"2": 1.5, "4": 1.5}
+    assert tuning.scales == {"2": math.inf, "4": math.inf}
     assert tuning.bounded == [] and not tuning.can_undo and not tuning.can_redo
     assert all(bounds.isinf().all() for bounds in clipped.bounds.values())
     assert tuning.measured is tuning.unclipped
@@ -104,7 +108,7 @@ def test_reference_is_the_defenders(tuning, clipped):
 def test_sample_of_the_test_images(clipped):
     tuning = BoundTuning(clipped, SPLITS, Blue(), images=7, seed=1)
     assert len(tuning.clean) == len(tuning.triggered) == 7
-    assert (tuning.available, tuning.defenders) == (60, 40)
+    assert (tuning.available, len(tuning.defender)) == (60, 40)
     again = BoundTuning(clipped, SPLITS, Blue(), images=7, seed=1)
     other = BoundTuning(clipped, SPLITS, Blue(), images=7, seed=2)
     assert torch.equal(tuning.clean.images, again.clean.images)
@@ -160,8 +164,8 @@ def test_scale(tuning, clipped):
     assert result == evaluate(clipped, SPLITS.test, Blue()) == tuning.trail[-1]
     margins = classification_margins(logits(clipped, tuning.triggered.images), tuning.triggered.targets)
     assert torch.equal(tuning.measured.triggered_margins, margins)
-    tuning.set_scale("2", 1.7)
-    assert tuning.scales["2"] == 1.5 and clipped.bounds["2"].isinf().all()
+    tuning.set_scale("2", math.inf)
+    assert clipped.bounds["2"].isinf().all()
 
 
 def test_a_bound_on_the_trigger_removes_it(tuning):
@@ -196,7 +200,7 @@ def test_loaded_bounds_are_100_per_cent(tuning, clipped):
     learned = torch.tensor([0.4, math.inf, 0.05])
     tuning.set_bound("2", 0, 7.0)
     tuning.load({"2": learned})
-    assert tuning.scales == {"2": 1.0, "4": 1.5} and tuning.loaded("2") and not tuning.by_hand("2")
+    assert tuning.scales == {"2": 1.0, "4": math.inf} and tuning.loaded("2") and not tuning.by_hand("2")
     tuning.set_scale("2", 0.5)
     assert clipped.bounds["2"].tolist() == pytest.approx([0.2, math.inf, 0.025])
     tuning.set_scale("2", 0)
@@ -245,15 +249,15 @@ def test_a_drag_is_one_step(tuning):
     steps = []
     while tuning.undo():
         steps.append(tuning.scales)
-    assert steps == [{"2": 1.0, "4": 0.9}, {"2": 1.0, "4": 1.5}, {"2": 1.5, "4": 1.5}]
-    assert tuning.redo() and tuning.scales == {"2": 1.0, "4": 1.5}
+    assert steps == [{"2": 1.0, "4": 0.9}, {"2": 1.0, "4": math.inf}, {"2": math.inf, "4": math.inf}]
+    assert tuning.redo() and tuning.scales == {"2": 1.0, "4": math.inf}
     tuning.set_scale("2", 0.9, merge=True)  # nothing merges with what was done again
     assert tuning.undo() and tuning.scales["2"] == 1.0
 
 
 CHANGES = st.one_of(
-    st.tuples(st.just("set_scale"), st.sampled_from(["2", "4"]), st.sampled_from([0, 0.5, 1, 1.5])),
-    st.tuples(st.just("scale_all"), st.sampled_from([0, 0.7, 1.5])),
+    st.tuples(st.just("set_scale"), st.sampled_from(["2", "4"]), st.sampled_from([0, 0.5, 1, math.inf])),
+    st.tuples(st.just("scale_all"), st.sampled_from([0, 0.7, math.inf])),
     st.tuples(st.just("set_bound"), st.sampled_from(["2", "4"]), st.integers(0, 2), st.sampled_from([None, 0.1, 9])),
     st.tuples(st.just("load"), st.just({"2": 0.3})),
     st.tuples(st.just("reset")),
@@ -288,6 +292,10 @@ def test_undo_and_redo(changes):
         assert snapshot() == states[place]
         assert (SHARED.can_undo, SHARED.can_redo) == (place > 0, place < len(states) - 1)
         assert same(SHARED.clipped.bounds, SHARED.bounds)
+    SHARED.evaluate()
+    full = [logits(SHARED.clipped, images) for images in (SHARED.clean, SHARED.triggered.images)]
+    assert torch.equal(classification_margins(full[0], SHARED.clean.labels), SHARED.measured.clean_margins)
+    assert torch.equal(classification_margins(full[1], SHARED.triggered.targets), SHARED.measured.triggered_margins)
 
 
 def test_the_original_is_left_alone(clipped):
@@ -331,13 +339,107 @@ def test_activations_in_multiples_of_the_clean_maximum(tuning, clipped):
     assert torch.equal(tuning.activations("4", 2)[1], triggered * 0 + 1)  # without bounds, whatever they are
 
 
-def test_bound_range(tuning):
-    assert tuning.bound_range("2") is None and tuning.bound_range("2", 1) is None
+def test_activations_in_multiples_of_loaded_bounds(tuning):
+    tuning.load({"2": torch.tensor([math.inf, math.inf, 0.5])})
+    clean, triggered = tuning.activations("2")
+    assert torch.allclose(triggered, torch.full((30,), 2.0)) and float(clean.max()) < 0.5
+
+
+def test_save_and_load_file(tuning, clipped, tmp_path):
     tuning.set_scale("2", 0.5)
-    assert tuning.bound_range("2") == pytest.approx((0.5, 0.5))
-    assert tuning.bound_range("2", 2) == pytest.approx((0.1, 0.1))
-    tuning.set_bound("2", 2, 0.3)
-    assert tuning.bound_range("2") == pytest.approx((0.5, 1.5))
+    tuning.set_bound("4", 1, 0.25)
+    before, path = tuning.bounds, tuning.save(tmp_path / "mine.safetensors")
+    tuning.reset()
+    tuning.load_file(path)
+    assert same(tuning.bounds, before) and same(clipped.bounds, before)
+    assert tuning.undo() and tuning.bounded == []
+    with pytest.raises(FileNotFoundError):
+        tuning.load_file(tmp_path / "other.safetensors")
+    assert tuning.bounded == []
+
+
+# --- from the changed site onwards --------------------------------------------------------------------------
+
+
+class Shortcut(nn.Module):
+    """A residual network: what the shortcut carries past a site is needed behind it, too."""
+
+    def __init__(self, in_place=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1)] + [nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)])
+        self.head = nn.Linear(4, 2)
+        self.in_place = in_place
+
+    def forward(self, x):
+        x = self.layers[0](x).relu()
+        for layer in self.layers[1:]:
+            y = layer(x).relu()
+            if self.in_place:
+                x += y
+            else:
+                x = x + y
+            x = x.relu()
+        return self.head(x.mean((2, 3)))
+
+
+SITES = ("relu", "relu_1", "relu_2", "relu_3", "relu_4", "relu_5", "relu_6")
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.sampled_from(SITES), st.sampled_from([0.0, 0.05, 0.2, math.inf]), st.booleans()), max_size=8),
+    st.sampled_from([0, 20_000, 10**9]),
+    st.booleans(),
+)
+def test_rerun_equals_a_whole_pass(moves, memory, in_place):
+    network = Shortcut(in_place)
+    clipped = ClippedModel(network)
+    assert clipped.sites == SITES
+    sets = [SPLITS.test.images, SPLITS.defender.images]
+    rerun = Rerun(clipped, sets, memory=memory, batch_size=25)
+    for number, (site, bound, prepare) in enumerate(moves):
+        if prepare:
+            rerun.prepare(site)
+        clipped.set_bounds({site: bound})
+        if number == 4:
+            with torch.no_grad():
+                network.layers[1].weight.mul_(1.5)
+        found = rerun()
+        expected = [logits(clipped, images, batch_size=25) for images in sets]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        assert rerun.kept <= memory
+
+
+def test_rerun_starts_at_the_changed_site():
+    clipped = ClippedModel(Shortcut())
+    rerun = Rerun(clipped, [SPLITS.test.images])
+    starts = []
+    moves = [("relu_2", 1.0), ("relu_2", 0.5), ("relu_2", 0.4), ("relu_5", 0.3), ("relu_5", 0.2), ("relu_2", 0.1)]
+    for site, bound in [*moves, ("relu_5", 0.1), ("relu_5", 0.2)]:
+        clipped.set_bounds({site: bound})
+        rerun()
+        starts.append(rerun.start)
+    assert starts == [-1, -1, 2, 2, 5, 2, 2, 5]
+    calls = []
+    handle = clipped.network.get_submodule("layers.0").register_forward_hook(lambda *_: calls.append(1))
+    clipped.set_bounds({"relu_5": 0.3})
+    rerun()
+    handle.remove()
+    assert calls == []
+    rerun.prepare("relu_3")
+    clipped.set_bounds({"relu_3": 0.3})
+    rerun()
+    assert rerun.start == 3
+
+
+def test_rerun_keeps_no_more_than_it_may():
+    clipped = ClippedModel(Shortcut())
+    rerun = Rerun(clipped, [SPLITS.test.images], memory=0)
+    for bound in (1.0, 0.5, 0.2):
+        clipped.set_bounds({"relu_2": bound})
+        rerun()
+        assert (rerun.start, rerun.kept) == (-1, 0)
 
 
 # --- the shell, without a kernel ----------------------------------------------------------------------------
@@ -356,41 +458,103 @@ def pixels(tuner):
     return np.asarray(Image.open(io.BytesIO(tuner._drawing.picture.png())))
 
 
-def test_a_slider_moves_the_bounds_the_numbers_and_the_picture(tuner, clipped):
+def drag(tuner, *values):
+    """Move the line as the page does: one gesture."""
+    for value in values:
+        with tuner._line.hold_trait_notifications():
+            tuner._line.gesture += value is values[0]
+            tuner._line.value = value
+
+
+def series(line):
+    count = len(line._series)
+    heights = np.frombuffer(line._heights, "<f4").reshape(count, -1)
+    return np.frombuffer(line._edges, "<f4"), heights
+
+
+def test_starts_at_the_most_abnormal_site(tuner):
+    assert tuner._site.value == "2" and tuner._line.title == "2"
+    assert "×5" in dict((site, name) for name, site in tuner._site.options)["2"]
+    assert tuner._line.value == tuner._line.high and tuner._line.at_high == "none"
+    edges, (clean, triggered) = series(tuner._line)
+    assert (edges[0], edges[-1]) == (tuner._line.low, tuner._line.high) == (0, pytest.approx(5))
+    assert float(clean.sum()) == float(triggered.sum()) == pytest.approx(1)
+    assert triggered[-1] == 1  # all of them at 5
+
+
+def test_a_dragged_line_moves_the_bounds_the_numbers_and_the_picture(tuner, clipped):
     assert shown(tuner) == expected(tuner.state.unclipped.evaluation)
     before = pixels(tuner)
-    tuner._sliders["2"].value = 30
+    drag(tuner, 0.9, 0.5, 0.3)
     result = evaluate(clipped, SPLITS.test, Blue())
     assert torch.equal(clipped.bounds["2"], 0.3 * tuner.state.reference["2"])
     assert shown(tuner) == expected(result)
     assert f"{round(30 * result.ra)} of 30 triggered images right" in tuner._numbers.value
-    assert "1 of 2 sites bounded" in tuner._status.value
-    drawing = tuner._drawing
-    assert drawing._line.get_xdata()[0] == pytest.approx(0.3)
-    assert drawing._now.get_xydata()[0].tolist() == [result.asr, result.acc]
-    assert drawing._tried.get_xydata().shape == (2, 2)
+    assert "1 of 2 sites bounded" in tuner._status.value and tuner._scale.value == "30"
+    assert tuner._drawing._now.get_xydata()[0].tolist() == [result.asr, result.acc]
     assert not np.array_equal(pixels(tuner), before)
+    drag(tuner, tuner._line.high)
+    assert clipped.bounds["2"].isinf().all() and tuner._scale.value == "none"
+    tuner._undo.click()
+    assert tuner._line.value == 0.3 and tuner.state.scales["2"] == 0.3
+    tuner._undo.click()  # a drag is one step
+    assert tuner.state.bounded == [] and tuner._undo.disabled
 
 
 def test_the_picture_of_moved_artists_is_that_of_a_whole_drawing(tuner):
-    for value in (120, 60, 20):
-        tuner._sliders["4"].value = value
+    drag(tuner, 1.2, 0.6, 0.2)
     quick = pixels(tuner)
     tuner._drawing.picture.redraw()
     assert np.array_equal(quick, pixels(tuner))
 
 
-def test_a_moved_slider_chooses_its_site(tuner):
-    tuner._sliders["4"].value = 90
-    assert tuner._site.value == "4" and tuner.figure.axes[0].get_title() == "4"
-    tuner._sliders["2"].value = 90
-    assert tuner._site.value == "2" and tuner.figure.axes[0].get_title() == "2"
+def test_a_channel_is_chosen_in_the_strip_and_dragged(tuner, clipped):
+    assert tuner._strip.names[0].startswith("channel 2: ×5") and tuner._bound.disabled
+    tuner._strip.chosen = 0
+    assert tuner._line.title == "2, channel 2" and not tuner._line.percent
+    assert tuner._line.high == pytest.approx(1.05)
+    drag(tuner, 0.5, 0.05)
+    assert clipped.bounds["2"].tolist() == [math.inf, math.inf, pytest.approx(0.05)]
+    assert shown(tuner) == ["100.0%", "0.0%", "100.0%"] and tuner._bound.value == "0.05"
+    tuner._strip.chosen = 1
+    drag(tuner, 0.7)
+    tuner._undo.click()
+    assert tuner.state.by_hand("2") == {2: 0.05}
+    tuner._strip.chosen = -1
+    assert tuner._line.title == "2" and tuner._line.percent
+    tuner._strip.chosen = 2
+    tuner._together.click()
+    assert tuner._strip.chosen == -1
+    tuner._strip.chosen = 0
+    tuner._site.value = "4"
+    assert tuner._strip.chosen == -1 and tuner._line.title == "4"
 
 
-def test_all_sites_together_moves_every_slider(tuner):
+def test_bounds_are_typed(tuner, clipped):
+    tuner._scale.value = "50"
+    assert tuner.state.scales["2"] == 0.5 and tuner._line.value == 0.5
+    tuner._strip.chosen = 0
+    assert tuner._line.value == pytest.approx(0.1)
+    tuner._bound.value = "0.05"
+    assert clipped.bounds["2"][2] == pytest.approx(0.05) and tuner._line.value == pytest.approx(0.05)
+    tuner._bound.value = "much"
+    assert "not &#x27;much&#x27;" in tuner._status.value and tuner._bound.value == "0.05"
+    tuner._bound.value = "-1"
+    assert "at least 0" in tuner._status.value and tuner._bound.value == "0.05"
+    tuner._bound.value = ""
+    assert tuner._bound.value == "0.1"
+    tuner._bound.value = "7"  # beyond all activations: a bound all the same
+    assert tuner._line.value == 7 < tuner._line.high
+    tuner._bound.value = "none"
+    assert clipped.bounds["2"][2] == math.inf and tuner._line.value == tuner._line.high
+    tuner._scale.value = "none"
+    assert tuner._scale.value == "none" and math.isinf(tuner.state.scales["2"])
+
+
+def test_the_slider_for_all_sites(tuner):
+    tuner._all.value = 60
     tuner._all.value = 45
-    assert [slider.value for slider in tuner._sliders.values()] == [45, 45]
-    assert tuner.state.scales == {"2": 0.45, "4": 0.45}
+    assert tuner.state.scales == {"2": 0.45, "4": 0.45} and tuner._line.value == 0.45
     tuner._undo.click()
     assert tuner._all.value == 150 and tuner.state.bounded == []
     assert tuner._undo.disabled and not tuner._redo.disabled
@@ -402,74 +566,79 @@ def test_reset_of_a_site_and_of_all(tuner):
     tuner._all.value = 45
     tuner._site.value = "4"
     tuner._reset_site.click()
-    assert tuner.state.scales == {"2": 0.45, "4": 1.5}
-    assert tuner._notes["4"].value == "no bound"
+    assert tuner.state.scales == {"2": 0.45, "4": math.inf}
     tuner._reset_all.click()
     assert tuner.state.bounded == [] and "0 of 2 sites" in tuner._status.value
-
-
-def test_the_bound_of_a_channel_is_typed(tuner, clipped):
-    tuner._site.value = "2"
-    assert tuner._bound.disabled
-    assert tuner._channel.options[1][1] == 2  # the trigger's channel comes first
-    tuner._channel.value = 2
-    assert (tuner._bound.disabled, tuner._bound.value) == (False, "none")
-    tuner._bound.value = "0.05"
-    assert clipped.bounds["2"][2] == pytest.approx(0.05)
-    assert shown(tuner) == ["100.0%", "0.0%", "100.0%"]
-    assert tuner._channel.value == 2 and "0.05" in tuner._channel.options[1][0]
-    assert tuner._drawing._line.get_xdata()[0] == pytest.approx(0.05)
-    tuner._bound.value = "much"
-    assert "not &#x27;much&#x27;" in tuner._status.value and tuner._bound.value == "0.05"
-    tuner._bound.value = "-1"
-    assert "at least 0" in tuner._status.value and tuner._bound.value == "0.05"
-    tuner._sliders["2"].value = 50
-    tuner._channel.value = 2
-    tuner._bound.value = ""
-    assert tuner._bound.value == "0.1"
-    tuner._bound.value = "none"
-    assert clipped.bounds["2"][2] == math.inf
-
-
-def test_the_table_is_walked_through_by_row(tuner):
-    channels = [channel.index for channel in tuner.state.channels(tuner._site.value)]
-    tuner._row.value = 2
-    assert tuner._channel.value == channels[1] and not tuner._bound.disabled
-    assert tuner.figure.axes[0].get_title().endswith(f", channel {channels[1]}")
-    tuner._row.value = 0
-    assert tuner._bound.disabled and tuner.figure.axes[0].get_title() == tuner._site.value
-    tuner._channel.index = 3
-    assert tuner._row.value == 3 == tuner._row.max
-    tuner._site.value = next(site for site in tuner._sliders if site != tuner._site.value)
-    assert tuner._row.value == tuner._channel.index == 0
-
-
-def test_moves_that_follow_one_another_are_one_step(tuner):
-    for value in (140, 130, 120):
-        tuner._sliders["2"].value = value
-    tuner._undo.click()
-    assert tuner.state.scales["2"] == 1.5
-
-
-def test_a_slider_shows_whole_per_cents(tuner):
-    """The page rounds others and sends them back, and the bounds would change by themselves."""
-    for scale, per_cent in ((0.57, 57), (0.6254, 63), (0.625, 63)):
-        tuner.state.set_scale("2", scale)
-        tuner.refresh()
-        assert tuner._sliders["2"].value == per_cent and tuner.state.scales["2"] == scale
-    tuner.state.scale_all(0.57)
-    tuner.refresh()
-    assert isinstance(tuner._all.value, int) and tuner._all.value == 57
 
 
 def test_load_and_refresh(tuner, clipped):
     tuner.load({"2": torch.tensor([9.0, 9.0, 0.01])})
     assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, Blue()))
-    assert tuner._sliders["2"].value == 100 and tuner._notes["2"].value == "% loaded"
-    tuner.state.set_scale("4", 0.25)
+    assert tuner._line.value == 1.0 and tuner._line.x_label.endswith("loaded bound")
+    tuner.state.set_scale("2", 0.25)
     tuner.refresh()
-    assert tuner._sliders["4"].value == 25
+    assert tuner._line.value == 0.25
     assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, Blue()))
+
+
+def test_save_and_load(tuner, tmp_path):
+    drag(tuner, 0.4)
+    tuner._file.value = str(tmp_path / "mine.safetensors")
+    tuner._save.click()
+    assert "written to" in tuner._status.value
+    tuner._reset_all.click()
+    tuner._open.click()
+    assert tuner.state.scales["2"] == pytest.approx(0.4)
+    tuner._file.value = str(tmp_path / "no.safetensors")
+    tuner._open.click()
+    assert "no.safetensors" in tuner._status.value and tuner.state.scales["2"] == pytest.approx(0.4)
+
+
+@dataclass
+class Step:
+    epoch: int
+    epochs: int = 3
+    accuracy: float = 1.0
+
+
+def learn(clipped, clean):
+    """Bounds that come down from epoch to epoch; stopped, it leaves those so far."""
+    assert len(clean) == 40
+    for epoch in range(1, 4):
+        clipped.set_bounds({"2": 1.0 / epoch})
+        yield Step(epoch)
+
+
+def test_learned_bounds_are_one_step(tuner, clipped, monkeypatch):
+    monkeypatch.setitem(tuner_module._LEARN, "MMAC", learn)
+    tuner._learn["MMAC"].click()
+    assert clipped.bounds["2"].tolist() == pytest.approx([1 / 3] * 3)
+    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, Blue()))
+    assert tuner._stop.disabled and not tuner._learn["MMAC"].disabled
+    tuner._undo.click()
+    assert tuner.state.bounded == []
+
+
+def test_learning_is_stopped_and_bounds_so_far_are_taken(clipped, monkeypatch):
+    monkeypatch.setitem(tuner_module._LEARN, "MMAC", learn)
+
+    async def run():
+        tuner = BoundTuner(clipped, SPLITS, Blue())
+        tuner._learn["MMAC"].click()
+        assert tuner._learn["MM-BM"].disabled and not tuner._stop.disabled
+        while "epoch 2" not in tuner._progress.value:
+            await asyncio.sleep(0.005)
+        drag(tuner, 0.5)  # meanwhile the tuner is the user's
+        assert clipped.bounds["2"][0] == pytest.approx(float(0.5 * tuner.state.reference["2"][0]))
+        tuner._stop.click()
+        await asyncio.sleep(0.1)
+        return tuner
+
+    tuner = asyncio.run(run())
+    assert clipped.bounds["2"].tolist() == [0.5] * 3
+    assert tuner._stop.disabled
+    tuner._undo.click()
+    assert tuner.state.scales["2"] == 0.5
 
 
 def test_an_error_is_shown(tuner, monkeypatch):
@@ -478,7 +647,7 @@ def test_an_error_is_shown(tuner, monkeypatch):
 
     monkeypatch.setattr(tuner.state, "evaluate", fail)
     with pytest.raises(RuntimeError):
-        tuner._sliders["2"].value = 50
+        drag(tuner, 0.5)
     assert "RuntimeError: out of &lt;memory&gt;" in tuner._status.value
     monkeypatch.undo()
     tuner._later.ask()
@@ -490,6 +659,34 @@ def test_counts_and_reference_are_stated(clipped):
     text = " ".join(child.value for child in tuner.widget.children if hasattr(child, "value"))
     assert "20 of 60 clean test images and on 20 triggered ones" in text
     assert "defender’s 40 clean images" in text
+
+
+def test_a_still_picture_for_pages_without_a_kernel(tuner):
+    assert Image.open(io.BytesIO(tuner._still)).size[0] > 600
+
+
+# --- the pictures that are dragged --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heights", "edges", "message"),
+    [
+        ([1, 2], [0, 1], "'a' must have 1 heights, got shape"),
+        ([1], [1, 0], "edges must be at least 2 finite, ascending numbers"),
+        ([1], [0, math.nan], "edges must be"),
+        ([-1], [0, 1], "heights of 'a' must be finite and at least 0"),
+    ],
+)
+def test_drag_line_refuses(heights, edges, message):
+    with pytest.raises(ValueError, match=message):
+        DragLine().draw([Steps("a", "red", heights)], edges)
+
+
+def test_bar_strip_refuses():
+    with pytest.raises(ValueError, match="'a' must have 2 heights"):
+        BarStrip().draw([Steps("a", "red", [1])], ["x", "y"])
+    with pytest.raises(ValueError, match=r"chosen must lie in \[-1, 1\), got 1"):
+        BarStrip().draw([Steps("a", "red", [1])], ["x"], chosen=1)
 
 
 # --- threads ------------------------------------------------------------------------------------------------
@@ -510,16 +707,16 @@ def test_messages_from_another_thread_are_handled_on_the_loop(clipped, monkeypat
             return evaluate_bounds()
 
         monkeypatch.setattr(tuner.state, "evaluate", evaluated)
-        slider = tuner._sliders["2"]
+        line = tuner._line
 
         def move():
             for value in range(149, 19, -1):
-                slider.comm.handle_msg(message(value))
+                line.comm.handle_msg(message(value / 100))
 
         mover = threading.Thread(target=move)
         mover.start()
         mover.join()
-        assert slider.value == 150  # the loop has not run yet: a cell is running
+        assert line.value == line.high  # the loop has not run yet: a cell is running
         await asyncio.sleep(0.3)
         return tuner, threads
 

@@ -44,7 +44,7 @@ class DragLine(anywidget.AnyWidget):  # type: ignore[misc]
     Parameters
     ----------
     value
-        Where the line is. The page keeps it within [`low`, `high`]; one that the kernel sets outside is drawn at the end.
+        Where the line is. The page keeps it within [`low`, `high`]; what the kernel sets beyond is drawn at the end.
     low, high
         The ends of the axis, `low` below `high`.
     name

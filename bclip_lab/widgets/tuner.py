@@ -1,81 +1,93 @@
-"""`BoundTuner`: sliders for the bounds of a clipped model, and what they do, live."""
+"""`BoundTuner`: the bounds of a clipped model, dragged in a picture, and what they do, live."""
 
 from __future__ import annotations
 
+import io
 import math
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as ipw
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import Attack, Splits
+from bclip_lab.defenses import MMACConfig, mmac, mmbm
 from bclip_lab.plots import CLEAN, TRIGGERED
+from bclip_lab.widgets.drag import DragLine, Steps
 from bclip_lab.widgets.live import Newest, Picture, on_loop, running_loop
-from bclip_lab.widgets.tuning import LIMIT, BoundTuning, Channel, Measured
+from bclip_lab.widgets.strip import BarStrip
+from bclip_lab.widgets.tuning import BoundTuning, Measured
 
 __all__ = ["BoundTuner"]
 
-_BINS = 40
-_LARGEST = 5.0  # multiples of the clean maximum that the histogram of a site shows
+_BINS = 60
+_FURTHEST = 5.0  # multiples of 100 % that the histogram of a site shows
+_NO_BOUND = 150  # per cent: the end of the slider for all sites
 _TITLE, _LABEL, _TICK = 13, 12, 11
-_PAUSE = 1.0  # seconds: moves of one slider that follow one another faster are one step for undo
-_ALL = -1  # in the place of a channel's number: all channels together
-_NBSP = "\N{NO-BREAK SPACE}"
+_PAUSE = 1.0  # seconds: moves of the slider that follow one another faster are one step for undo
+_LEARN: Mapping[str, Callable[[ClippedModel, Any], Iterator[Any]]] = {
+    "MM-BM": mmbm,
+    "MMAC, published": lambda clipped, clean: mmac(clipped, clean, MMACConfig.published()),
+    "MMAC": mmac,
+}
 
-_STYLE = f"""<style>
-.bclip-lab-slider .widget-readout {{ min-width: 40px; max-width: 40px; }}
-.bclip-lab-site .widget-label {{ font-family: var(--jp-code-font-family, monospace); font-size: 12px; }}
-.bclip-lab-channels select {{ font-family: var(--jp-code-font-family, monospace); font-size: 13px; }}
-.bclip-lab-head {{ font-family: var(--jp-code-font-family, monospace); font-size: 13px; white-space: pre;
-  padding-left: 6px; line-height: 1.3; }}
-.bclip-lab-numbers {{ display: flex; flex-wrap: wrap; gap: 4px 40px; line-height: 1.35; font-size: 14px; }}
-.bclip-lab-numbers b {{ font-size: 28px; font-variant-numeric: tabular-nums; }}
-.bclip-lab-numbers .name {{ font-size: 18px; font-weight: 600; }}
-.bclip-lab-numbers .before {{ opacity: 0.75; }}
-.bclip-lab-bar {{ display: inline-block; height: 12px; background: {TRIGGERED}; vertical-align: middle; }}
-.bclip-lab-error {{ color: var(--jp-error-color1, #b00020); font-weight: 600; }}
+_STYLE = """<style>
+.bclip-lab-sites button { font-family: var(--jp-code-font-family, monospace); font-size: 12px; text-align: left;
+  white-space: pre; width: 100%; }
+.bclip-lab-numbers { display: flex; flex-wrap: wrap; gap: 4px 40px; line-height: 1.35; font-size: 14px; }
+.bclip-lab-numbers b { font-size: 28px; font-variant-numeric: tabular-nums; }
+.bclip-lab-numbers .name { font-size: 18px; font-weight: 600; }
+.bclip-lab-numbers .before { opacity: 0.75; }
+.bclip-lab-error { color: var(--jp-error-color1, #b00020); font-weight: 600; }
 </style>"""
 
 
 class BoundTuner:
-    """Sliders for the bounds of a clipped model, with ACC, ASR and RA and a picture that follow.
+    """The bounds of a clipped model to drag, with ACC, ASR and RA and a picture that follow.
 
-    Shows itself as the last line of a notebook's cell. One slider a site goes from 0 to 150 % of the largest
-    activations of its channels on the defender's clean images; at 150 % there is no bound. The table lists
-    the channels of the chosen site, the most abnormal first; the bound of the chosen one is typed below it.
+    Shows itself as the last line of a notebook's cell. On the left are the sites, with the largest triggered
+    activation of each as a multiple of the largest clean one. For the chosen site the histogram shows the
+    largest activation of every test image, without bounds, over all channels or at one; the line in it is the
+    bound and can be dragged, or moved by the arrow keys. At the right end there is no bound. Over all channels
+    the line is the scale of the site: 100 % are the channels' largest activations on the defender's clean
+    images, or bounds that were loaded. Below, a strip of the site's channels, the most abnormal first, to
+    choose one by a click or the arrow keys; Escape chooses all of them.
 
     Everything is measured on a sample of the test images, whose counts are shown. The bounds go to `clipped`
-    itself: what the sliders show is what the next cell works with. Whatever else sets its bounds (a fit, a
-    second tuner) is not seen here; `tuner.load(clipped.bounds)` takes such bounds over. Moves that are made
-    while a cell runs take effect after it.
+    itself: what is shown is what the next cell works with. Whatever else sets its bounds (a fit, a second
+    tuner) is not seen here; `tuner.load(clipped.bounds)` takes such bounds over. Moves that are made while a
+    cell runs take effect after it.
 
-    Without a kernel (a notebook that is read on a web page) the picture of the last state remains.
+    Without a kernel (a notebook that is read on a web page) pictures of the first and of the last state remain.
 
     Parameters
     ----------
     clipped
         The model whose bounds are tuned, starting with those that it has.
     splits
-        `defender` gives the clean maxima, `test` the images that judge.
+        `defender` gives the clean maxima and the images to learn from, `test` the images that judge.
     attack
         Makes the triggered images.
     images
         At most so many clean and so many triggered test images are used.
     seed
         Which ones, where there are more.
+    memory
+        Bytes that may be kept so that only the network behind the moved bound is computed again.
 
     Attributes
     ----------
     state
-        The `BoundTuning` behind the sliders. After changing it in a cell, call `refresh`.
+        The `BoundTuning` behind the controls. After changing it in a cell, call `refresh`.
     widget
         The controls, an ipywidgets `VBox`.
     figure
@@ -88,57 +100,52 @@ class BoundTuner:
     """
 
     def __init__(
-        self, clipped: ClippedModel, splits: Splits, attack: Attack, *, images: int = 500, seed: int = 0
+        self,
+        clipped: ClippedModel,
+        splits: Splits,
+        attack: Attack,
+        *,
+        images: int = 500,
+        seed: int = 0,
+        memory: int = 200_000_000,
     ) -> None:
-        self.state = BoundTuning(clipped, splits, attack, images=images, seed=seed)
+        self.state = BoundTuning(clipped, splits, attack, images=images, seed=seed, memory=memory)
         self._drawing = _Drawing(self.state)
         self.figure = self._drawing.figure
         self._quiet = False  # whether a control that changes is set by us
-        self._key: object = None
-        self._time = -math.inf
+        self._gesture: object = None  # the movement of the hand that the latest change belongs to
+        self._slid = -math.inf
         self._stale = False  # whether the bounds have changed since they were measured
-        self._anew = True  # whether other activations are to be drawn
         self._seconds = 0.0
-        loop = running_loop()
-        self._later = Newest(self._compute, loop)
+        self._learning: tuple[str, ClippedModel, Iterator[Any]] | None = None
+        self._loop = running_loop()
+        self._later = Newest(self._compute, self._loop)
 
-        worst = max(self.state.abnormality, key=lambda site: float(self.state.abnormality[site].max()))
-        self._site = ipw.Dropdown(
-            options=[
-                (f"{site}   (triggered ×{float(ratios.max()):.3g})", site)
-                for site, ratios in self.state.abnormality.items()
-            ],
-            value=worst,
-            description="site",
-            layout=ipw.Layout(width="auto"),
+        ratios = {site: float(values.max()) for site, values in self.state.abnormality.items()}
+        self._site = ipw.ToggleButtons(
+            options=[(_site_row(site, ratio, max(ratios.values())), site) for site, ratio in ratios.items()],
+            value=max(ratios, key=lambda site: ratios[site]),
+            tooltips=[f"largest triggered activation: {ratio:.3g} × the clean maximum" for ratio in ratios.values()],
+            style={"button_width": "auto"},
+            layout=ipw.Layout(width="100%"),
         )
-        self._channel = ipw.Select(
-            options=[("", _ALL)],
-            rows=11,
-            tooltip="Channels of the chosen site, the most abnormal first",
-            layout=ipw.Layout(width="auto"),
-        )
-        self._channel.add_class("bclip-lab-channels")
-        # JupyterLab takes the arrow keys away from a list, but not from a box for numbers
-        self._row = ipw.BoundedIntText(
-            description="row",
-            tooltip="Row of the table, 0 for all channels together; the arrow keys step through it",
-            style={"description_width": "30px"},
-            layout=ipw.Layout(width="110px"),
-        )
-        self._bound = ipw.Text(
-            description="its bound",
-            continuous_update=False,
-            placeholder="a number, or: none",
-            tooltip="A number; 'none' for no bound; empty: as the slider of the site says",
+        self._site.add_class("bclip-lab-sites")
+        self._channel: int | None = None  # None for all channels together
+        self._line = DragLine(name="bound", at_high="none", height=270)
+        self._strip = BarStrip(none="all channels together")
+        self._order: list[int] = []  # the channels as the strip shows them
+        self._scale = _box("site, %", "Scale of the chosen site in per cent, or 'none'")
+        self._bound = _box("channel", "Bound of the chosen channel: a number, 'none', or empty for that of the site")
+        self._together = ipw.Button(description="All channels", tooltip="Choose all channels together")
+        self._all = ipw.IntSlider(
+            value=_NO_BOUND,
+            min=0,
+            max=_NO_BOUND,
+            description="all sites, %",
+            tooltip=f"all sites together; at {_NO_BOUND} % there is no bound",
             style={"description_width": "70px"},
-            layout=ipw.Layout(width="230px"),
+            layout=ipw.Layout(width="300px"),
         )
-        self._all = _slider("all sites together")
-        self._sliders = {site: _slider(site) for site in clipped.sites}
-        for slider in self._sliders.values():
-            slider.add_class("bclip-lab-site")
-        self._notes = {site: ipw.Label(layout=ipw.Layout(width="92px")) for site in clipped.sites}
         self._undo, self._redo, self._reset_site, self._reset_all = (
             ipw.Button(description=name, icon=icon, tooltip=tip, layout=ipw.Layout(width="auto"))
             for name, icon, tip in (
@@ -148,13 +155,26 @@ class BoundTuner:
                 ("Reset all", "trash", "Take all bounds off"),
             )
         )
-        self._numbers, self._status = ipw.HTML(), ipw.HTML()
+        self._learn = {
+            name: ipw.Button(description=name, tooltip=f"Learn bounds by {name}", layout=ipw.Layout(width="auto"))
+            for name in _LEARN
+        }
+        self._stop = ipw.Button(
+            description="Stop", icon="stop", tooltip="Keep the bounds learned so far", disabled=True,
+            layout=ipw.Layout(width="auto"),
+        )  # fmt: skip
+        self._file = ipw.Text(value="bounds.safetensors", tooltip="File for bounds", layout=ipw.Layout(width="180px"))
+        self._save, self._open = (
+            ipw.Button(description=name, layout=ipw.Layout(width="auto")) for name in ("Save", "Load")
+        )
+        self._numbers, self._status, self._progress = ipw.HTML(), ipw.HTML(), ipw.HTML()
         self.widget = self._laid_out()
         self._connect()
-        on_loop(self.widget, loop)
-        self._list_channels()
-        self._sync()
+        on_loop(self.widget, self._loop)
+        self.state.prepare(self._site.value)
+        self._show_site()
         self._draw()
+        self._still = _still(self.state, self._site.value)
 
     def load(self, bounds: Mapping[str, Tensor | float]) -> None:
         """Take bounds, such as those that a fit has learned (`BoundTuning.load`), and show them."""
@@ -164,8 +184,7 @@ class BoundTuner:
     def refresh(self) -> None:
         """Measure the bounds of `state` and show them, after a cell has changed them."""
         self._stale = True
-        self._list_channels()
-        self._sync()
+        self._show_site()
         self._compute()
 
     def _ipython_display_(self) -> None:
@@ -173,6 +192,7 @@ class BoundTuner:
 
         bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())
         bundle["text/plain"] = "BoundTuner: run this cell in JupyterLab to move the bounds."
+        bundle["image/png"] = self._still  # where there are no widgets: GitHub, nbconvert
         display(bundle, raw=True)  # type: ignore[no-untyped-call]
         self._drawing.picture.show()
 
@@ -180,125 +200,163 @@ class BoundTuner:
 
     def _laid_out(self) -> Any:
         state = self.state
-        largest = max(float(ratios.max()) for ratios in state.abnormality.values())
-        rows = []
-        for site, slider in self._sliders.items():
-            ratio = float(state.abnormality[site].max())
-            width = f"width:{50 * ratio / largest:.0f}px"
-            bar = ipw.HTML(
-                f'<span class="bclip-lab-bar" style="{width}"></span> ×{ratio:.3g}',
-                layout=ipw.Layout(width="105px"),
-            )
-            rows.append(ipw.HBox([slider, self._notes[site], bar]))
-        head = ipw.HBox(
-            [
-                ipw.Label("bound in % of the clean maximum", layout=ipw.Layout(width="422px")),
-                ipw.Label("triggered ÷ clean", layout=ipw.Layout(width="115px")),
-            ]
-        )
+        row = ipw.Layout(flex_flow="row wrap")
         left = ipw.VBox(
-            [head, self._all, ipw.VBox(rows, layout=ipw.Layout(max_height="420px", overflow="hidden auto"))],
-            layout=ipw.Layout(width="540px"),
+            [
+                ipw.Label("site, and triggered ÷ clean maximum"),
+                ipw.VBox([self._site], layout=ipw.Layout(max_height="330px", overflow="hidden auto")),
+                self._all,
+            ],
+            layout=ipw.Layout(flex="1 1 300px", max_width="330px"),
         )
-        table_head = ipw.HTML(f'<div class="bclip-lab-head">{_HEAD}</div>')
         right = ipw.VBox(
-            [self._site, table_head, self._channel, ipw.HBox([self._row, self._bound])],
-            layout=ipw.Layout(flex="1 1 390px", max_width="520px"),
+            [self._line, self._strip, ipw.HBox([self._scale, self._bound, self._together], layout=row)],
+            layout=ipw.Layout(flex="2 1 480px"),
         )
         about = ipw.HTML(
             '<div style="line-height:1.4">'
             f"Measured on {len(state.clean):,} of {state.available:,} clean test images and on "
             f"{len(state.triggered):,} triggered ones. 100 % is a channel’s largest activation on the "
-            f"defender’s {state.defenders:,} clean images; at 150 % there is no bound.</div>"
+            f"defender’s {len(state.defender):,} clean images, or its bound that was loaded.</div>"
         )
         return ipw.VBox(
             [
                 ipw.HTML(_STYLE),
                 self._numbers,
-                ipw.HBox([left, right], layout=ipw.Layout(flex_flow="row wrap", grid_gap="0 20px")),
-                ipw.HBox([self._undo, self._redo, self._reset_site, self._reset_all, self._status]),
+                ipw.HBox([left, right], layout=ipw.Layout(flex_flow="row wrap", grid_gap="0 12px")),
+                ipw.HBox([self._undo, self._redo, self._reset_site, self._reset_all, self._status], layout=row),
+                ipw.HBox([ipw.Label("Learn:"), *self._learn.values(), self._stop, self._progress], layout=row),
+                ipw.HBox([ipw.Label("Bounds:"), self._file, self._save, self._open], layout=row),
                 about,
             ]
         )
 
     def _connect(self) -> None:
-        for site, slider in self._sliders.items():
-            self._on_value(slider, partial(self._slide, site))
+        self._on_value(self._line, self._drag)
         self._on_value(self._all, self._slide_all)
-        self._on_value(self._site, lambda _: self._choose_site())
-        self._on_value(self._channel, lambda _: self._choose_channel())
-        self._on_value(self._row, self._choose_row)
-        self._on_value(self._bound, self._type)
-        self._undo.on_click(lambda _: self._click(self.state.undo))
-        self._redo.on_click(lambda _: self._click(self.state.redo))
-        self._reset_site.on_click(lambda _: self._click(lambda: self.state.reset(self._site.value)))
-        self._reset_all.on_click(lambda _: self._click(self.state.reset))
+        self._on_value(self._site, lambda _: self._choose(None))
+        self._on_value(self._strip, lambda place: self._choose(self._order[place] if place >= 0 else None), "chosen")
+        self._on_value(self._scale, lambda text: self._act(lambda: self._type_scale(text)))
+        self._on_value(self._bound, lambda text: self._act(lambda: self._type_bound(text)))
+        self._together.on_click(lambda _: self._choose(None))
+        self._undo.on_click(lambda _: self._act(self.state.undo))
+        self._redo.on_click(lambda _: self._act(self.state.redo))
+        self._reset_site.on_click(lambda _: self._act(lambda: self.state.reset(self._site.value)))
+        self._reset_all.on_click(lambda _: self._act(self.state.reset))
+        for name, button in self._learn.items():
+            button.on_click(lambda _, name=name: self._start(name))
+        self._stop.on_click(lambda _: self._finish())
+        self._save.on_click(lambda _: self._write())
+        self._open.on_click(lambda _: self._act(lambda: self.state.load_file(Path(self._file.value))))
 
-    def _on_value(self, control: Any, react: Callable[[Any], None]) -> None:
+    def _on_value(self, control: Any, react: Callable[[Any], None], name: str = "value") -> None:
         def changed(change: Any) -> None:
             if not self._quiet:
                 react(change["new"])
 
-        control.observe(changed, names="value")
+        control.observe(changed, names=name)
 
-    def _slide(self, site: str, per_cent: int) -> None:
-        self.state.set_scale(site, per_cent / 100, merge=self._follows(site))
-        if self._site.value != site:
-            self._site.value = site  # which draws anew
-        self._changed()
+    def _drag(self, value: float) -> None:
+        bound = math.inf if value >= self._line.high else value
+        gesture = (self._line.gesture, self._site.value, self._channel)
+        merge, self._gesture = gesture == self._gesture, gesture
+        if self._channel is None:
+            self.state.set_scale(self._site.value, bound, merge=merge)
+        else:
+            self.state.set_bound(self._site.value, self._channel, bound, merge=merge)
+        self._changed(dragged=True)
 
     def _slide_all(self, per_cent: int) -> None:
-        self.state.scale_all(per_cent / 100, merge=self._follows("all"))
-        self._changed()
+        now = time.monotonic()
+        merge, self._slid = self._gesture == "all" and now - self._slid < _PAUSE, now
+        self._gesture = "all"
+        self.state.scale_all(math.inf if per_cent == _NO_BOUND else per_cent / 100, merge=merge)
+        self._changed(slid=True)
 
-    def _click(self, act: Callable[[], object]) -> None:
-        self._key = None
-        if act() is not False:  # there was something to undo
-            self._changed()
-
-    def _type(self, text: str) -> None:
-        if self._chosen is None:
-            return
-        self._key = None
+    def _act(self, act: Callable[[], object]) -> None:
+        """Make a change that is a step of its own, or say why not."""
+        self._gesture = None
         try:
-            self.state.set_bound(self._site.value, self._chosen, _parsed(text))
-        except ValueError as error:
+            act()
+        except (ValueError, OSError) as error:
             self._sync()
             self._say(str(error), wrong=True)
             return
+        self._show_site()
         self._changed()
 
-    def _choose_site(self) -> None:
-        self._list_channels(keep=False)
-        self._choose_channel()
+    def _type_scale(self, text: str) -> None:
+        number = _parsed(text)
+        self.state.set_scale(self._site.value, math.inf if number is None else number / 100)
 
-    def _choose_row(self, row: int) -> None:
-        self._channel.index = row
+    def _type_bound(self, text: str) -> None:
+        if self._channel is not None:
+            self.state.set_bound(self._site.value, self._channel, _parsed(text))
 
-    def _choose_channel(self) -> None:
-        self._sync()
-        self._anew = True
+    def _choose(self, channel: int | None) -> None:
+        self._channel = channel
+        self._show_site()
         self._later.ask()
 
-    @property
-    def _chosen(self) -> int | None:
-        """The chosen channel; None for all together."""
-        channel = int(self._channel.value)
-        return None if channel == _ALL else channel
-
-    def _follows(self, key: object) -> bool:
-        """Whether this move goes on with the one before."""
-        now = time.monotonic()
-        follows = key == self._key and now - self._time < _PAUSE
-        self._key, self._time = key, now
-        return follows
-
-    def _changed(self) -> None:
+    def _changed(self, dragged: bool = False, slid: bool = False) -> None:
         self._stale = True
-        self._sync()
+        self._sync(dragged, slid)
         if self._seconds > 0.5:
             self._say("computing …")
         self._later.ask()
+
+    def _write(self) -> None:
+        try:
+            self._say(f"written to {self.state.save(Path(self._file.value))}")
+        except (ValueError, OSError) as error:
+            self._say(str(error), wrong=True)
+
+    # --- learned bounds: a generator that is stepped between the messages of the page ---
+
+    def _start(self, name: str) -> None:
+        model = ClippedModel(self.state.clipped.original)
+        self._learning = name, model, _LEARN[name](model, self.state.defender)
+        self._progress.value = f"{name}: looking for synthetic images …"
+        self._enable()
+        if self._loop is not None:
+            self._loop.call_later(0.05, self._step)
+        while self._loop is None and self._learning is not None:
+            self._step()
+
+    def _step(self) -> None:
+        if self._learning is None:
+            return
+        name, _, steps = self._learning
+        try:
+            step = next(steps)
+        except StopIteration:
+            self._finish()
+            return
+        except Exception as error:
+            self._learning = None
+            self._enable()
+            self._say(f"{name}: {error}", wrong=True)
+            raise
+        self._progress.value = f"{name}: epoch {step.epoch} of {step.epochs}, clean accuracy {step.accuracy:.3f}"
+        if self._loop is not None:
+            self._loop.call_later(0.02, self._step)  # the page's messages come first
+
+    def _finish(self) -> None:
+        """End learning and take the bounds so far, as one step."""
+        if self._learning is None:
+            return
+        name, model, steps = self._learning
+        self._learning = None
+        steps.close()  # type: ignore[attr-defined]
+        self._enable()
+        self._progress.value = f"{name}: bounds taken" if _bounded(model) else f"{name}: stopped before the first epoch"
+        if _bounded(model):
+            self._act(lambda: self.state.load(model.bounds))
+
+    def _enable(self) -> None:
+        self._stop.disabled = self._learning is None
+        for button in self._learn.values():
+            button.disabled = self._learning is not None
 
     # --- what is shown ---
 
@@ -309,7 +367,8 @@ class BoundTuner:
                 self.state.evaluate()
                 self._stale = False
                 self._seconds = time.perf_counter() - start
-            self._list_channels()
+            else:
+                self.state.prepare(self._site.value)
             self._draw()
         except Exception as error:  # else it is seen in the kernel's log only
             self._say(f"{type(error).__name__}: {error}", wrong=True)
@@ -318,71 +377,85 @@ class BoundTuner:
     def _draw(self) -> None:
         state = self.state
         self._numbers.value = _numbers(state.measured, state.unclipped)
-        self._drawing.draw(self._site.value, self._chosen, self._anew)
-        self._anew = False
+        self._drawing.draw()
         self._drawing.picture.update()
-        count = len(state.bounded)
-        self._say(f"{count} of {len(self._sliders)} sites bounded")
+        self._say(f"{len(state.bounded)} of {len(self.state.reference)} sites bounded")
 
     def _say(self, text: str, wrong: bool = False) -> None:
         mark = ' class="bclip-lab-error"' if wrong else ""
         self._status.value = f"<span{mark}>{escape(text)}</span>"
 
-    def _list_channels(self, keep: bool = True) -> None:
-        """Fill the table; the chosen channel stays chosen unless the site is another."""
-        channels = self.state.channels(self._site.value)
-        options = (("all channels together", _ALL), *((_row(c), c.index) for c in channels))
-        chosen = self._channel.value if keep else _ALL
+    def _show_site(self) -> None:
+        """Fill the histogram and the strip for the chosen site and channel."""
+        state, site, channel = self.state, self._site.value, self._channel
+        channels = state.channels(site)
+        self._order = [each.index for each in channels]
+        low, high, edges, heights = _histogram(state, site, channel)
+        with self._said_by_us(), self._line.hold_sync():
+            self._line.low, self._line.high, self._line.percent = low, high, channel is None
+            self._line.title = site if channel is None else f"{site}, channel {channel}"
+            self._line.x_label = _x_label(state, site, channel)
+            self._line.y_label = "share of images"
+            self._line.draw(
+                [
+                    Steps(f"clean ({len(state.clean):,})", CLEAN, heights[0]),
+                    Steps(f"triggered ({len(state.triggered):,})", TRIGGERED, heights[1], hatched=True),
+                ],
+                edges,
+            )
+            self._strip.title = f"{site}: maximum of each channel, clean and triggered, the most abnormal first"
+            self._strip.draw(
+                [
+                    Steps("clean", CLEAN, [each.clean for each in channels]),
+                    Steps("triggered", TRIGGERED, [max(each.triggered, 0.0) for each in channels]),
+                ],
+                [f"channel {each.index}: ×{each.ratio:.3g}" for each in channels],
+                -1 if channel is None else self._order.index(channel),
+            )
+        self._sync()
+
+    def _sync(self, dragged: bool = False, slid: bool = False) -> None:
+        """Set the controls to what the state is, but for the one that the hand is on."""
+        state, site, scales = self.state, self._site.value, self.state.scales
+        with self._said_by_us():
+            bound = scales[site] if self._channel is None else float(state.bounds[site][self._channel])
+            if not dragged:
+                self._line.value = min(bound, self._line.high)
+            per_cents = {min(scale * 100, _NO_BOUND) for scale in scales.values()}
+            if len(per_cents) == 1 and not slid:
+                self._all.value = math.floor(per_cents.pop() + 0.5)
+            self._scale.value = f"{100 * scales[site]:.4g}" if math.isfinite(scales[site]) else "none"
+            self._bound.disabled = self._channel is None
+            self._bound.value = "" if self._channel is None else f"{bound:.6g}" if math.isfinite(bound) else "none"
+            self._undo.disabled, self._redo.disabled = not state.can_undo, not state.can_redo
+
+    @contextmanager
+    def _said_by_us(self) -> Iterator[None]:
+        """Within the block, controls that change are set by us, not by the page."""
         self._quiet = True
-        with self._channel.hold_sync():
-            if options != tuple(self._channel.options):
-                self._channel.options = options
-            self._channel.value = chosen
-        self._row.max = len(channels)
-        self._quiet = False
-
-    def _sync(self) -> None:
-        """Set the controls to what the state is."""
-        state, scales = self.state, self.state.scales
-        self._quiet = True
-        for site, slider in self._sliders.items():
-            slider.value = _per_cent(scales[site])
-            self._notes[site].value = _note(scales[site], state.loaded(site), len(state.by_hand(site)))
-        if len(set(scales.values())) == 1:
-            self._all.value = _per_cent(next(iter(scales.values())))
-        self._row.value = self._channel.index
-        self._bound.disabled = self._chosen is None
-        if self._chosen is None:
-            self._bound.value = ""
-        else:
-            bound = float(state.bounds[self._site.value][self._chosen])
-            self._bound.value = f"{bound:.6g}" if math.isfinite(bound) else "none"
-        self._undo.disabled, self._redo.disabled = not state.can_undo, not state.can_redo
-        self._quiet = False
+        try:
+            yield
+        finally:
+            self._quiet = False
 
 
-def _slider(name: str) -> Any:
-    # whole numbers: the page rounds others that it is given and sends them back, as if the slider was moved
-    slider = ipw.IntSlider(
-        value=_per_cent(LIMIT),
-        min=0,
-        max=_per_cent(LIMIT),
+def _box(name: str, tip: str) -> Any:
+    return ipw.Text(
         description=name,
-        tooltip=f"{name}: arrow keys, Page Up and Page Down, Home and End move it, too",
-        style={"description_width": "136px"},
-        layout=ipw.Layout(width="330px"),
+        continuous_update=False,
+        placeholder="a number, or: none",
+        tooltip=tip,
+        style={"description_width": "60px"},
+        layout=ipw.Layout(width="190px"),
     )
-    slider.add_class("bclip-lab-slider")
-    return slider
 
 
-def _per_cent(scale: float) -> int:
-    return math.floor(100 * scale + 0.5)
+def _site_row(site: str, ratio: float, largest: float) -> str:
+    return f"{site:20} {'█' * max(1, round(8 * ratio / largest)):8} ×{ratio:.3g}"
 
 
-def _note(scale: float, loaded: bool, by_hand: int) -> str:
-    text = "no bound" if scale >= LIMIT else "% loaded" if loaded else "%"
-    return text + (f" ✎{by_hand}" if by_hand else "")
+def _bounded(clipped: ClippedModel) -> bool:
+    return any(bool(bounds.isfinite().any()) for bounds in clipped.bounds.values())
 
 
 def _parsed(text: str) -> float | None:
@@ -397,14 +470,25 @@ def _parsed(text: str) -> float | None:
         raise ValueError(f"a bound is a number, 'none' or empty, not {text!r}") from None
 
 
-_HEAD = "channel    clean  triggered    ratio    bound"
+def _histogram(state: BoundTuning, site: str, channel: int | None) -> tuple[float, float, Any, list[Any]]:
+    """Ends of the axis, edges, and the shares of clean and triggered images; the last bin has all beyond it."""
+    clean, triggered = (values.numpy() for values in state.activations(site, channel))
+    largest = float(max(clean.max(), triggered.max()))
+    low = min(0.0, float(clean.min()), float(triggered.min()))
+    if channel is None:
+        high, bound = max(1.5, min(1.05 * largest, _FURTHEST)), state.scales[site]
+    else:
+        high, bound = low + max(1.05 * (largest - low), 1e-3), float(state.bounds[site][channel])
+    if math.isfinite(bound):  # the end is no bound, and this is one
+        low, high = min(low, bound), max(high, 1.05 * bound)
+    edges = np.linspace(low, high, _BINS + 1)
+    return low, high, edges, [_shares(values, edges) for values in (clean, triggered)]
 
 
-def _row(c: Channel) -> str:
-    bound = f"{c.bound:.3g}" if math.isfinite(c.bound) else "none"
-    ratio = f"×{c.ratio:.2f}"
-    text = f"{c.index:7} {c.clean:8.3g} {c.triggered:10.3g} {ratio:>8} {bound:>8}{' ✎' if c.by_hand else ''}"
-    return text.replace(" ", _NBSP)
+def _x_label(state: BoundTuning, site: str, channel: int | None) -> str:
+    what = "largest activation of each image, without bounds"
+    unit = "loaded bound" if state.loaded(site) else "clean maximum"
+    return what if channel is not None else f"{what}, in % of its channel’s {unit}"
 
 
 def _numbers(now: Measured, before: Measured) -> str:
@@ -424,40 +508,46 @@ def _numbers(now: Measured, before: Measured) -> str:
     return f'<div class="bclip-lab-numbers">{"".join(cells)}</div>'
 
 
+def _still(state: BoundTuning, site: str) -> bytes:
+    """A picture of the histogram and the strip, for a page without a kernel."""
+    figure = Figure(figsize=(11.5, 3.9), dpi=80, facecolor="white", layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _, _, edges, heights = _histogram(state, site, None)
+    left.stairs(heights[0], edges, fill=True, color=CLEAN, alpha=0.75, label="clean")
+    hatched = {"facecolor": TRIGGERED, "edgecolor": TRIGGERED, "hatch": "////", "alpha": 0.6}
+    left.stairs(heights[1], edges, fill=True, label="triggered", **hatched)
+    if math.isfinite(state.scales[site]):
+        left.axvline(state.scales[site], color="black", linewidth=2.2)
+    left.legend(fontsize=_TICK)
+    left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _label(left, site, "largest activation of each image\nin % of its channel’s 100 %", "share of images")
+    channels = state.channels(site)
+    places = np.arange(len(channels))
+    right.bar(places - 0.2, [each.clean for each in channels], 0.4, color=CLEAN)
+    right.bar(places + 0.2, [each.triggered for each in channels], 0.4, color=TRIGGERED)
+    _label(right, "Maximum of each channel, the most abnormal first", "channels of the site", "activation")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.set_xticks([])
+    figure.suptitle("Still picture: run this cell in JupyterLab to drag the bounds", fontsize=_LABEL, color="0.35")
+    out = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(out)  # type: ignore[no-untyped-call]
+    return out.getvalue()
+
+
 class _Drawing:
-    """The picture: activations of a site, margins of triggered images, and what was tried."""
+    """The picture: margins of triggered images, and what was tried."""
 
     def __init__(self, state: BoundTuning) -> None:
         self.state = state
-        self.figure = Figure(figsize=(11.5, 4.1), dpi=100, facecolor="white")
-        grid = {"left": 0.07, "right": 0.98, "top": 0.9, "bottom": 0.2, "wspace": 0.3}
-        self.activations, self.margins, self.trail = self.figure.subplots(
-            1, 3, gridspec_kw={"width_ratios": (1.25, 1.15, 1), **grid}
-        )
-        self._bars: list[Any] = []
-        ax = self.activations
-        self._span = ax.axvspan(0, 0, color="black", alpha=0.18, linewidth=0)
-        self._line = ax.axvline(0, color="black", linewidth=2.2)
-        self._name = ax.text(
-            0,
-            0.98,
-            "",
-            transform=ax.get_xaxis_transform(),
-            va="top",
-            fontsize=_TICK,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-        )
+        self.figure = Figure(figsize=(11.5, 3.4), dpi=100, facecolor="white")
+        grid = {"left": 0.07, "right": 0.98, "top": 0.9, "bottom": 0.22, "wspace": 0.18}
+        self.margins, self.trail = self.figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.5, 1), **grid})
         self._lay_out_margins()
         self._lay_out_trail()
-        moving = [self._span, self._line, self._name, self._after, self._before]
-        self.picture = Picture(self.figure, [*moving, self._tried, self._now, self._said])
+        self.picture = Picture(self.figure, [self._after, self._before, self._tried, self._now, self._said])
 
-    def draw(self, site: str, channel: int | None, anew: bool) -> None:
-        """Bring the artists to the state; `anew` where the activations are of another site or channel."""
-        if anew:
-            self._draw_activations(site, channel)
-            self.picture.redraw()
-        self._move_bound(site, channel)
+    def draw(self) -> None:
+        """Bring the artists to the state."""
         shares = _shares(self.state.measured.triggered_margins.numpy(), self._edges)
         self._after.set_data(shares)
         height = max(_height(shares), self._height)
@@ -470,55 +560,11 @@ class _Drawing:
         self._now.set_data([now.asr], [now.acc])
         self._said.set_text(f"ACC {now.acc:.1%}\nASR {now.asr:.1%}\nRA {now.ra:.1%}")
 
-    def _draw_activations(self, site: str, channel: int | None) -> None:
-        clean, triggered = (values.numpy() for values in self.state.activations(site, channel))
-        largest = max(float(clean.max()), float(triggered.max()))
-        left = min(0.0, float(clean.min()), float(triggered.min()))
-        ax = self.activations
-        if channel is None:
-            right = max(LIMIT, min(largest, _LARGEST))
-            title, unit = site, "\nin % of the channel’s clean maximum"
-            ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        else:
-            right = largest if largest > left else left + 1
-            title, unit = f"{site}, channel {channel}", ""
-            ax.xaxis.set_major_formatter(ScalarFormatter())
-        edges = np.linspace(left, right, _BINS + 1)
-        heights = [_shares(values, edges) for values in (clean, triggered)]
-        for bars in self._bars:
-            bars.remove()
-        hatched = {"facecolor": TRIGGERED, "edgecolor": TRIGGERED, "hatch": "////", "alpha": 0.6}
-        self._bars = [
-            ax.stairs(heights[0], edges, fill=True, color=CLEAN, alpha=0.75),
-            ax.stairs(heights[1], edges, fill=True, **hatched),
-        ]
-        ax.set_xlim(left, right)
-        ax.set_ylim(0, 1.5 * max(float(h.max()) for h in heights))
-        names = f"clean ({len(clean):,})", f"triggered ({len(triggered):,})"
-        ax.legend(self._bars, names, fontsize=_TICK, loc="upper right", bbox_to_anchor=(1, 0.91))
-        _label(ax, title, f"largest activation of each image, without bounds{unit}", "share of images")
-
-    def _move_bound(self, site: str, channel: int | None) -> None:
-        ends = self.state.bound_range(site, channel)
-        for artist in (self._span, self._line, self._name):
-            artist.set_visible(ends is not None)
-        if ends is None:
-            return
-        low, high = ends
-        self._span.set(x=low, width=high - low)
-        self._line.set_xdata([low, low])
-        text = f"{low:.0%}" if channel is None else f"{low:.3g}"
-        if high > 1.001 * low:
-            text += f" to {high:.0%}"
-        left, right = self.activations.get_xlim()
-        side = "left" if low < (left + right) / 2 else "right"
-        self._name.set(x=low, text=f" bound {text} ", horizontalalignment=side)
-
     def _lay_out_margins(self) -> None:
         ax = self.margins
         before = self.state.unclipped.triggered_margins.numpy()
         reach = 1.1 * max(float(np.abs(before).max()), 1e-6)
-        self._edges = np.linspace(-reach, reach, _BINS + 1)
+        self._edges = np.linspace(-reach, reach, 41)
         shares = _shares(before, self._edges)
         self._height = _height(shares)
         self._before = ax.stairs(
@@ -531,7 +577,7 @@ class _Drawing:
         ax.set_xlim(-reach, reach)
         ax.legend(fontsize=_TICK, loc="upper left")
         axis = "margin of triggered images in logits\n(right of 0 the attack succeeds)"
-        _label(ax, "Margins of the target class", axis, "")
+        _label(ax, "Margins of the target class", axis, "share of triggered images")
 
     def _lay_out_trail(self) -> None:
         ax = self.trail

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bclip_lab.clipping import ClippedModel, abnormality
+from bclip_lab.clipping import ClippedModel, abnormality, load_bounds, save_bounds
 from bclip_lab.data.images import Attack, LabelledImages, Splits, TriggeredImages
 from bclip_lab.evaluation import Evaluation
 from bclip_lab.margins import classification_margins
 from bclip_lab.models import logits
+from bclip_lab.widgets.rerun import Rerun
 
-__all__ = ["LIMIT", "BoundTuning", "Channel", "Measured"]
-
-LIMIT = 1.5
-"""From this scale on a site has no bound."""
+__all__ = ["BoundTuning", "Channel", "Measured"]
 
 _ALL = object()  # what a change of all sites is of
 _KEPT = 4  # sites whose activations are kept
@@ -56,7 +56,7 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class _Site:
-    """Bounds of a site: `scale` times `base` (C,), but for the channels in `by_hand`."""
+    """Bounds of a site: `scale` times `base` (C,), +inf for none, but for the channels in `by_hand`."""
 
     scale: float
     base: Tensor
@@ -71,7 +71,7 @@ class _Site:
         """float32 (C,)."""
         free = torch.full_like(self.base, torch.inf)
         # where the base has no bound, none results from a scale of 0 either
-        bounds = free if self.scale >= LIMIT else torch.where(self.base.isinf(), free, self.scale * self.base)
+        bounds = free if math.isinf(self.scale) else torch.where(self.base.isinf(), free, self.scale * self.base)
         for channel, bound in self.by_hand.items():
             bounds[channel] = bound
         return bounds
@@ -81,11 +81,12 @@ class BoundTuning:
     """Bounds of a clipped model, moved by hand, and what they do to clean and triggered images.
 
     A site's bounds are `scale` times the largest activations of its channels on the defender's clean images,
-    or times bounds that were loaded. At a scale of `LIMIT` and above there is no bound. A channel can have a
-    bound of its own, which stays as it is when the scale moves.
+    or times bounds that were loaded; a scale of +inf is no bound. A channel can have a bound of its own, which
+    stays as it is when the scale moves.
 
-    Every change goes to the clipped model at once (`ClippedModel.set_bounds`); `evaluate` measures it. To
-    start with, the bounds are those that the model has. The original network is left as it is.
+    Every change goes to the clipped model at once (`ClippedModel.set_bounds`); `evaluate` measures it, and
+    computes the network from the changed site onwards only (`Rerun`). To start with, the bounds are those
+    that the model has. The original network is left as it is.
 
     Parameters
     ----------
@@ -99,11 +100,15 @@ class BoundTuning:
         At most so many clean and so many triggered test images are used.
     seed
         Which ones, where there are more.
+    memory
+        Bytes that may be kept of what the network has computed.
 
     Attributes
     ----------
     clean, triggered
         The images that judge.
+    defender
+        The defender's clean images.
     reference
         For every site float32 (C,): the largest activations on the defender's images, at least 0.
     abnormality
@@ -131,11 +136,18 @@ class BoundTuning:
     >>> tuning = BoundTuning(ClippedModel(model), splits, attack)
     >>> tuning.set_scale("2", 0.5)
     >>> tuning.evaluate().triggered, tuning.scales, tuning.undo(), tuning.scales
-    (18, {'2': 0.5}, True, {'2': 1.5})
+    (18, {'2': 0.5}, True, {'2': inf})
     """
 
     def __init__(
-        self, clipped: ClippedModel, splits: Splits, attack: Attack, *, images: int = 500, seed: int = 0
+        self,
+        clipped: ClippedModel,
+        splits: Splits,
+        attack: Attack,
+        *,
+        images: int = 500,
+        seed: int = 0,
+        memory: int = 200_000_000,
     ) -> None:
         if not isinstance(clipped, ClippedModel):
             raise ValueError(f"clipped must be a ClippedModel, got {type(clipped).__name__}")
@@ -148,7 +160,7 @@ class BoundTuning:
         self.clipped = clipped
         self.clean: LabelledImages = splits.test.subset(_rows(len(splits.test), images, generator))
         self.triggered = _subset(triggered, _rows(len(triggered), images, generator))
-        self.defenders = len(splits.defender)
+        self.defender = splits.defender
         self.available = len(splits.test)
 
         self._original = ClippedModel(clipped.original)
@@ -157,6 +169,7 @@ class BoundTuning:
         self.abnormality = abnormality(clean, reached)
         self.reference = {site: values.clamp(min=0) for site, values in clean.maximum.items()}
         self._reached = reached.maximum
+        self._rerun = Rerun(clipped, [self.clean.images, self.triggered.images], memory=memory)
         self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
         self._sites = {site: self._recognised(site, bounds) for site, bounds in clipped.bounds.items()}
@@ -164,7 +177,9 @@ class BoundTuning:
         self._future: list[dict[str, _Site]] = []
         self._last: object = None  # what the latest change was of
         self.trail: list[Evaluation] = []
-        self.unclipped = self.measured = self._measure(self._original)
+        self.unclipped = self.measured = self._measured(
+            logits(self._original, self.clean), logits(self._original, self.triggered.images)
+        )
         if self.bounded:
             self.evaluate()
         else:
@@ -179,7 +194,7 @@ class BoundTuning:
 
     @property
     def scales(self) -> dict[str, float]:
-        """The scale of every site, in [0, LIMIT]."""
+        """The scale of every site, at least 0; +inf is no bound."""
         return {site: state.scale for site, state in self._sites.items()}
 
     @property
@@ -208,9 +223,9 @@ class BoundTuning:
     def activations(self, site: str, channel: int | None = None) -> tuple[Tensor, Tensor]:
         """The largest activation of every image at a site, without bounds: clean (N,) and triggered (M,).
 
-        Of one channel as it is; without a channel the largest multiple, over all channels, of a channel's
-        clean maximum. There a maximum counts as at least a hundredth of the site's largest, as in
-        `bclip_lab.clipping.abnormality`.
+        Of one channel as it is; without a channel the largest multiple, over all channels, of what is 100 %
+        for the channel: an image is clipped at this site where that is above the scale. There 100 % counts
+        as at least a hundredth of the site's largest, as in `bclip_lab.clipping.abnormality`.
         """
         self._check(site, channel)
         if site not in self._kept:
@@ -226,20 +241,6 @@ class BoundTuning:
         unit = self._unit(site)
         return (clean / unit).amax(1), (triggered / unit).amax(1)
 
-    def bound_range(self, site: str, channel: int | None = None) -> tuple[float, float] | None:
-        """The smallest and the largest bound in the unit of `activations`; None where there is no bound."""
-        self._check(site, channel)
-        bounds = self._sites[site].bounds()
-        if channel is not None:
-            values = bounds[channel : channel + 1]
-        else:
-            # a silent channel's bound is a share of nothing, and says nothing where others have one
-            heard = self.reference[site] > 0
-            values = bounds / self._unit(site)
-            values = values[heard] if bool(heard.any()) else values
-        values = values[values.isfinite()]
-        return (float(values.min()), float(values.max())) if len(values) else None
-
     # --- changes ---
 
     def set_scale(self, site: str, scale: float, *, merge: bool = False) -> None:
@@ -250,7 +251,7 @@ class BoundTuning:
         site
             Its name.
         scale
-            At least 0; `LIMIT` and above is no bound.
+            At least 0; +inf is no bound.
         merge
             Make this one step, for `undo`, with the change before where that was of the same site: a drag is
             one step.
@@ -262,8 +263,10 @@ class BoundTuning:
         scale = _checked(scale)
         self._change({s: replace(state, scale=scale) for s, state in self._sites.items()}, _ALL, merge)
 
-    def set_bound(self, site: str, channel: int, bound: float | None) -> None:
+    def set_bound(self, site: str, channel: int, bound: float | None, *, merge: bool = False) -> None:
         """Set the bound of one channel, +inf for none; None gives it back to the scale of its site.
+
+        `merge` as in `set_scale`, where the change before was of the same channel.
 
         Raises
         ------
@@ -275,7 +278,7 @@ class BoundTuning:
         by_hand = {c: b for c, b in state.by_hand.items() if c != channel}
         if bound is not None:
             by_hand[channel] = float(bound)
-        self._change({site: replace(state, by_hand=by_hand)})
+        self._change({site: replace(state, by_hand=by_hand)}, (site, channel), merge)
 
     def load(self, bounds: Mapping[str, Tensor | float]) -> None:
         """Take bounds, learned ones for example: they are 100 % of their sites then.
@@ -298,7 +301,17 @@ class BoundTuning:
         """Take the bounds off a site, or off all: 100 % is its clean maximum again."""
         if site is not None:
             self._check(site, None)
-        self._change({s: _Site(LIMIT, self.reference[s]) for s in (self._sites if site is None else [site])})
+        self._change({s: _Site(math.inf, self.reference[s]) for s in (self._sites if site is None else [site])})
+
+    def save(self, path: str | Path) -> Path:
+        """Write the bounds as `bclip_lab.clipping.save_bounds` does, which says what is raised."""
+        self._apply()
+        return save_bounds(self.clipped, path)
+
+    def load_file(self, path: str | Path) -> None:
+        """`load` the bounds that `save` has written; raises as `bclip_lab.clipping.load_bounds`."""
+        load_bounds(self.clipped, path)
+        self.load(self.clipped.bounds)
 
     def undo(self) -> bool:
         """Take the latest change back; False where there is none."""
@@ -321,14 +334,19 @@ class BoundTuning:
     def evaluate(self) -> Evaluation:
         """Measure the bounds on the test images: sets `measured`, adds to `trail`."""
         self._apply()  # others may have set other bounds since
-        self.measured = self._measure(self.clipped)
+        self.measured = self._measured(*self._rerun())
         self.trail.append(self.measured.evaluation)
         return self.measured.evaluation
 
+    def prepare(self, site: str) -> None:
+        """Compute ahead what the first change of a site needs, where memory allows to keep it."""
+        self._check(site, None)
+        self._apply()
+        self._rerun.prepare(site)
+
     # --- inside ---
 
-    def _measure(self, model: ClippedModel) -> Measured:
-        clean, triggered = logits(model, self.clean), logits(model, self.triggered.images)
+    def _measured(self, clean: Tensor, triggered: Tensor) -> Measured:
         labels, targets = self.clean.labels.cpu(), self.triggered.targets.cpu()
         return Measured(
             Evaluation.from_decisions(clean.argmax(1), labels, triggered.argmax(1), self.triggered),
@@ -340,17 +358,19 @@ class BoundTuning:
         """Bounds as a scale of the clean maxima where they are one, else as 100 % of themselves."""
         reference, bounds = self.reference[site], bounds.cpu()
         if bool(bounds.isposinf().all()):
-            return _Site(LIMIT, reference)
+            return _Site(math.inf, reference)
         if float(reference.max()) > 0:
             scale = float(bounds[reference.argmax()] / reference.max())
-            if 0 <= scale < LIMIT and torch.allclose(bounds, scale * reference, rtol=1e-5, atol=0):
+            if 0 <= scale < math.inf and torch.allclose(bounds, scale * reference, rtol=1e-5, atol=0):
                 return _Site(round(scale, 6), reference)
         return _Site(1.0, bounds)
 
     def _unit(self, site: str) -> Tensor:
-        reference = self.reference[site]
-        largest = float(reference.max())
-        return reference.clamp(min=0.01 * largest) if largest > 0 else torch.ones_like(reference)
+        """What 100 % are, at least a hundredth of the site's largest; a channel without a bound has +inf."""
+        base = self._sites[site].base
+        finite = base[base.isfinite()]
+        largest = float(finite.max()) if len(finite) else 0.0
+        return base.clamp(min=0.01 * largest) if largest > 0 else torch.ones_like(base)
 
     def _site(self, site: str) -> _Site:
         self._check(site, None)
@@ -393,7 +413,7 @@ class BoundTuning:
 def _checked(scale: float) -> float:
     if not scale >= 0:
         raise ValueError(f"scale must be at least 0, got {scale}")
-    return min(float(scale), LIMIT)
+    return float(scale)
 
 
 def _rows(available: int, wanted: int, generator: torch.Generator) -> Tensor:

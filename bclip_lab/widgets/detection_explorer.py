@@ -309,13 +309,13 @@ class _Drawing:
         clean, count = len(state.clean), len(state.clean) + len(state.triggered)
         # spread over a lane for each kind: steps of the golden ratio leave no gaps and repeat nothing
         self._heights = 0.1 + 0.8 * (np.arange(count) * 0.618034 % 1) + (np.arange(count) >= clean)
-        options = {"linestyle": "none", "markersize": 4.5, "alpha": 0.6, "markeredgewidth": 0}
+        options: dict[str, Any] = {"linestyle": "none", "markersize": 4.5, "alpha": 0.6, "markeredgewidth": 0}
         self._dots = [
             ax.plot([], [], marker=marker, color=colour, **options)[0]
             for marker, colour in (("o", CLEAN), ("^", TRIGGERED))
         ]
         self._threshold = ax.axvline(0, color="black", linewidth=2)
-        empty = {"linestyle": "none", "marker": "o", "color": "black", "markerfacecolor": "none"}
+        empty: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "black", "markerfacecolor": "none"}
         self._wrong = ax.plot([], [], **empty, markersize=7, label="on the wrong side")[0]
         self._ring = ax.plot([], [], **empty, markersize=15, markeredgewidth=2.5, label="shown below")[0]
         ax.set(ylim=(-0.3, 2))  # room for the legend

@@ -241,7 +241,9 @@ class DetectionExploration:
         seen = Verdict(int(self._true[image]), target, score, score > self.threshold)
         if not self.decides:
             return seen
-        made = {name: values[image].item() for name, values in self._judged[self.name].decisions.items()}
+        made: dict[str, Any] = {
+            name: values[image].item() for name, values in self._judged[self.name].decisions.items()
+        }
         other = made.pop("other")
         return replace(seen, **made, corrected=other if seen.detected else made["original"])
 
@@ -299,7 +301,7 @@ class DetectionExploration:
         if point == 0:  # nothing is detected
             self.set_threshold(given[1])
         elif point == len(given) - 1:
-            self.set_threshold(np.nextafter(given[-1], -math.inf))
+            self.set_threshold(float(np.nextafter(given[-1], -math.inf)))
         else:
             self.set_threshold((given[point] + given[point + 1]) / 2)
         self.chosen = int(np.flatnonzero(self.scores == given[max(point, 1)])[0])

@@ -7,7 +7,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -290,6 +290,7 @@ class ClippedModel(nn.Module):
             quantile={site: values.quantiles(quantiles) for site, values in seen.items()},
             quantiles=quantiles,
             count=len(images),
+            per_image={site: values.joined() for site, values in seen.items() if isinstance(values, _Rows)},
         )
 
     def site_activations(self, images: Tensor | LabelledImages, site: str, batch_size: int | None = None) -> Tensor:
@@ -301,6 +302,37 @@ class ClippedModel(nn.Module):
         rows = _Rows(self.channels[site])
         self._measure(_tensor(images), batch_size, {site: rows.add})
         return rows.joined()
+
+    def activation_maps(
+        self, images: Tensor | LabelledImages, site: str, channel: int, batch_size: int | None = None
+    ) -> Tensor:
+        """Of every image, the activations of one channel at all positions of a site: float32, on the CPU.
+
+        (N, H, W) where the site has rows and columns, (N, T) where it has tokens, (N,) where it has no
+        positions, as after Linear. Measured as in `activations`; raises `ValueError` for an unknown site or
+        channel.
+
+        Examples
+        --------
+        >>> layers = nn.Conv2d(3, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        >>> clipped = ClippedModel(nn.Sequential(*layers))
+        >>> clipped.activation_maps(torch.rand(5, 3, 8, 8), "1", channel=0).shape
+        torch.Size([5, 6, 6])
+        """
+        self._check_site(site)
+        if not 0 <= channel < self.channels[site]:
+            raise ValueError(f"channel must lie in [0, {self.channels[site]}) at site {site!r}, got {channel}")
+        maps: list[Tensor] = []
+
+        def observe(clip: Clip, args: tuple[Tensor]) -> None:
+            maps.append(args[0].detach().float().movedim(clip.axis, -1)[..., channel].cpu())
+
+        handle = dict(self._clips())[site].register_forward_pre_hook(observe)
+        try:
+            logits(self, images, batch_size)
+        finally:
+            handle.remove()
+        return torch.cat(maps)
 
     def _measure(
         self, images: Tensor, batch_size: int | None, seen: Mapping[str, Callable[[Tensor], None]]
@@ -344,7 +376,8 @@ class ActivationStatistics:
 
     `maximum` (C,) and `quantile` (Q, C) are over images, of each image's maximum over positions: what a bound
     must clear to leave the image as it is. `mean` (C,) is over images and positions. `quantiles` are the Q
-    levels, `count` is the number of images. All tensors are float32 on the CPU.
+    levels, `count` is the number of images. `per_image` (N, C), kept of up to 2,000 images, is each image's maximum
+    over positions. All tensors are float32 on the CPU.
     """
 
     maximum: dict[str, Tensor]
@@ -352,6 +385,7 @@ class ActivationStatistics:
     quantile: dict[str, Tensor]
     quantiles: tuple[float, ...]
     count: int
+    per_image: dict[str, Tensor] = field(default_factory=dict)
 
 
 def abnormality(clean: ActivationStatistics, triggered: ActivationStatistics, floor: float = 0.01) -> dict[str, Tensor]:

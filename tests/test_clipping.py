@@ -784,6 +784,31 @@ def test_a_site_is_measured_before_its_own_clip_and_after_those_before_it() -> N
     assert not any(clip._forward_pre_hooks for _, clip in clipped._clips())
 
 
+def test_the_maps_of_a_channel_are_its_activations_at_every_position() -> None:
+    clipped = chain()
+    clipped.set_bounds({"1": 0.5, "3": 0.25})
+    x = torch.tensor([[0.0, 0.25], [0.5, 1.0], [0.75, 0.5]]).view(3, 1, 1, 2)
+    assert torch.equal(clipped.activation_maps(x, "1", 0), x[:, 0])
+    assert torch.equal(clipped.activation_maps(x, "3", 0, batch_size=2), 2 * x[:, 0].clamp(max=0.5))
+    assert not any(clip._forward_pre_hooks for _, clip in clipped._clips())
+    with pytest.raises(ValueError, match="no site 'relu'"):
+        clipped.activation_maps(x, "relu", 0)
+    with pytest.raises(ValueError, match=r"channel must lie in \[0, 1\) at site '1', got 1"):
+        clipped.activation_maps(x, "1", 1)
+
+
+def test_maps_and_statistics_of_every_image_agree_wherever_the_channels_are() -> None:
+    clipped = ClippedModel(small_convnext())  # GELU sites are (N, H, W, C)
+    x = images(3, 64)
+    statistics = clipped.activations(x)
+    for site in clipped.sites:
+        assert statistics.per_image[site].shape == (3, clipped.channels[site])
+        assert torch.equal(statistics.per_image[site].amax(0), statistics.maximum[site])
+        maps = clipped.activation_maps(x, site, 2)
+        assert maps.ndim == 3
+        assert torch.equal(maps.amax((1, 2)), statistics.per_image[site][:, 2])
+
+
 def test_batches_do_not_change_statistics() -> None:
     clipped = ClippedModel(small_convnext())
     x = images(5, 64)

@@ -131,6 +131,9 @@ def test_decisions_by_hand() -> None:
     # the last turns when clipped, but is not detected, so the original's decision stands
     assert decisions.clipped.tolist() == [0, 2, 0, 1]
     assert decisions.corrected.tolist() == [1, 2, 0, 0]
+    assert decisions.other.tolist() == [1, 2, 1, 1]
+    torch.testing.assert_close(decisions.margin, torch.tensor([0.7, 0.1, 0.5, 0.05]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(decisions.clipped_margin, torch.tensor([0.3, -0.3, 0.4, -0.05]), atol=1e-6, rtol=0)
     assert torch.equal(detector.detect(images), decisions.detected)
     assert torch.equal(detector.correct(images), decisions.corrected)
     assert torch.equal(detector.score(images), decisions.score)

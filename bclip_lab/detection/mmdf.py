@@ -29,7 +29,9 @@ class MMDFDecisions:
     """What MMDF says of N images.
 
     `score` float32 (N,); `detected` bool (N,); `original`, `clipped` and `corrected` int64 (N,): the decision
-    of the original network, of the clipped network, and the one to act on.
+    of the original network, of the clipped network, and the one to act on; `other` int64 (N,), the clipped
+    network's decision among the classes other than `original`; `margin` and `clipped_margin` float32 (N,),
+    the margin of the class `original` in the original and in the clipped network, in logits.
     """
 
     score: Tensor
@@ -37,6 +39,9 @@ class MMDFDecisions:
     original: Tensor
     clipped: Tensor
     corrected: Tensor
+    other: Tensor
+    margin: Tensor
+    clipped_margin: Tensor
 
 
 class MMDF:
@@ -147,7 +152,8 @@ class MMDF:
         detected = score > self.threshold_
         decision = original.argmax(1)
         other = clipped.scatter(1, decision[:, None], float("-inf")).argmax(1)
-        return MMDFDecisions(score, detected, decision, clipped.argmax(1), torch.where(detected, other, decision))
+        corrected = torch.where(detected, other, decision)
+        return MMDFDecisions(score, detected, decision, clipped.argmax(1), corrected, other, before, after)
 
     def detect(self, images: Tensor | LabelledImages) -> Tensor:
         """Boolean (N,): the images that score above the threshold."""

@@ -123,7 +123,9 @@ def test_a_record_is_given_in_evaluation_mode_and_training_goes_on_after_it() ->
     assert modes == [True] * 4
 
 
-@pytest.mark.parametrize(("records", "expected"), [(2, [0.5, 1, 1.5, 2]), (9, [1 / 4, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2])])
+@pytest.mark.parametrize(
+    ("records", "expected"), [(2, [0.5, 1, 1.5, 2]), (9, [1 / 4, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2])]
+)
 def test_records_within_an_epoch_change_nothing_else(records: int, expected: list[float]) -> None:
     data, config = dark_and_light(64), TrainConfig(epochs=2, batch_size=16, flip=True)
     whole = list(train(network(), data, config))

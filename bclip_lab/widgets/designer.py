@@ -31,11 +31,12 @@ from bclip_lab.widgets.paint import Paint
 __all__ = ["TriggerDesigner"]
 
 _SHOWN = 8  # images of the gallery
+_OTHERS = -1  # in the place of a source class: every class but the target
 _BREATH = 0.02  # seconds between two steps of a training: one message takes the loop several turns
 _TITLE, _LABEL, _TICK = 13, 12, 11
 
 _STYLE = """<style>
-.bclip-lab-design { display: flex; flex-wrap: wrap; gap: 4px 32px; line-height: 1.35; font-size: 14px; }
+.bclip-lab-design { display: flex; flex-wrap: wrap; gap: 4px 24px; line-height: 1.35; font-size: 14px; }
 .bclip-lab-design b { font-size: 26px; font-variant-numeric: tabular-nums; }
 .bclip-lab-design .name { font-size: 17px; font-weight: 600; }
 .bclip-lab-runs { max-height: 150px; overflow-y: auto; line-height: 1.3; }
@@ -135,8 +136,8 @@ class TriggerDesigner:
             layout=ipw.Layout(width="auto"),
         )
         classes = [(name, index) for index, name in enumerate(state.classes)]
-        self._source = _choice("source", [("every class but the target", None), *classes], state.source)
-        self._target = _choice("target", classes, state.target)
+        self._source = _choice("source", [("every class but the target", _OTHERS), *classes])
+        self._target = _choice("target", classes)
         self._rate = ipw.BoundedFloatText(
             value=100 * state.poison_rate,
             min=0.1,
@@ -256,9 +257,11 @@ class TriggerDesigner:
     def _uploaded(self, change: Any) -> None:
         for file in change["new"]:
             self._change(partial(self.state.load_png, bytes(file["content"])))
+        self._upload.value = ()  # so that the same file can be chosen again
 
     def _choose(self) -> None:
-        self.state.source, self.state.target = self._source.value, self._target.value
+        source = self._source.value
+        self.state.source, self.state.target = None if source == _OTHERS else source, self._target.value
         self.state.poison_rate = self._rate.value / 100
         self._later.ask()
 
@@ -273,7 +276,8 @@ class TriggerDesigner:
         self._undo.disabled, self._redo.disabled = not state.can_undo, not state.can_redo
         self._train.disabled, self._stop.disabled = runs, not runs
         self._quiet = True
-        self._source.value, self._target.value = state.source, state.target
+        self._source.value = _OTHERS if state.source is None else state.source
+        self._target.value = state.target
         self._rate.value = round(100 * state.poison_rate, 6)
         self._quiet = False
 
@@ -340,7 +344,7 @@ class TriggerDesigner:
             if step.evaluation is None:
                 self.step = step = replace(step, evaluation=self.state.evaluate(step))
                 self._show(step)
-            how = f"{how}: {step.epoch:.1f} of {step.epochs} epochs in {seconds:.0f} s, loss {step.loss:.3f}"
+            how = f"{how}: {step.epoch:.3g} of {step.epochs} epochs in {seconds:.0f} s, loss {step.loss:.3f}"
             self.runs.append(step)
             self._table.value = _table(self.runs)
         self._status.value = _said(how, wrong=error is not None)
@@ -363,9 +367,9 @@ def _button(name: str, icon: str, tip: str) -> Any:
     return ipw.Button(description=name, icon=icon, tooltip=tip, layout=ipw.Layout(width="auto"))
 
 
-def _choice(name: str, options: Any, value: Any) -> Any:
+def _choice(name: str, options: list[tuple[str, int]]) -> Any:
     style, layout = {"description_width": "60px"}, ipw.Layout(width="320px")
-    return ipw.Dropdown(options=options, value=value, description=name, style=style, layout=layout)
+    return ipw.Dropdown(options=options, description=name, style=style, layout=layout)
 
 
 def _rgb(data: LabelledImages) -> NDArray[np.uint8]:
@@ -393,9 +397,9 @@ def _numbers(found: Evaluation | None) -> str:
         return '<div class="bclip-lab-design">Nothing is trained yet.</div>'
     cells = []
     for name, count, what in (
-        ("acc", found.clean, "clean images right"),
-        ("asr", found.triggered, "triggered images → target"),
-        ("ra", found.triggered, "triggered images right"),
+        ("acc", found.clean, "clean right"),
+        ("asr", found.triggered, "triggered → target"),
+        ("ra", found.triggered, "triggered right"),
     ):
         share = float(getattr(found, name))
         cells.append(
@@ -411,7 +415,7 @@ def _table(runs: list[DesignStep]) -> str:
     for number, step in reversed(list(enumerate(runs, 1))):
         mask = step.attack.trigger.mask  # type: ignore[attr-defined]
         found = step.evaluation
-        cells = (number, int((mask > 0).sum()), f"{step.attack.poison_rate:.1%}", f"{step.epoch:.1f}")
+        cells = (number, int((mask > 0).sum()), f"{step.attack.poison_rate:.1%}", f"{step.epoch:.3g}")
         shares = (f"{found.acc:.1%}", f"{found.asr:.1%}") if found else ("", "")
         rows.append("".join(f"<td>{cell}</td>" for cell in (*cells, *shares)))
     head = "".join(f"<th>{name}</th>" for name in ("training", "pixels", "poison rate", "epochs", "ACC", "ASR"))

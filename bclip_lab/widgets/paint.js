@@ -1,12 +1,11 @@
 // The page's half of Paint (paint.py): a small picture, magnified, that is painted with the mouse or the keyboard.
 //
-// `pixels` is the picture as this page has it. What is painted is drawn here at once; the kernel gets it at most once
-// a frame, and not before it has handled the latest one. A change that the kernel makes is taken over when
-// nothing painted here is still on its way to the kernel.
+// `pixels` is the picture as this page has it. What is painted is drawn here at once; during a stroke the kernel gets
+// it at most once a frame, and not before it has handled what it got before. A change that the kernel makes is taken
+// over unless something painted here is still on its way to the kernel.
 
 const SIDE = 416; // CSS pixels of the canvas' longer side, about
-const FOLLOWED = ["pixels", "handled"];
-const FLAT = "font: inherit; color: inherit; background: var(--jp-layout-color1, #fff); border: 1px solid #888;";
+const BOX = "width: 46px; font: inherit; color: inherit; background: var(--jp-layout-color1, #fff);";
 
 function render({ model, el }) {
   const [width, height] = [model.get("width"), model.get("height")];
@@ -26,24 +25,24 @@ function render({ model, el }) {
   const canvas = add(el, "canvas", {
     className: "bclip-lab-paint", width: width * zoom, height: height * zoom, tabIndex: 0, role: "application",
     ariaLabel: "Trigger: the arrow keys move the cursor, Space paints, Delete erases",
+    style: "display: block; cursor: crosshair; touch-action: none; border: 1px solid #888; image-rendering: pixelated;",
   });
-  canvas.style.cssText = "display: block; cursor: crosshair; touch-action: none; border: 1px solid #888;";
-  const tools = add(el, "div");
-  tools.style.cssText = `display: flex; flex-wrap: wrap; gap: 6px; align-items: center; width: ${width * zoom}px;`;
+  const tools = add(el, "div", {
+    style: `display: flex; flex-wrap: wrap; gap: 6px; align-items: center; padding: 4px 0; width: ${width * zoom}px;`,
+  });
   const colour = add(tools, "input", { type: "color", value: "#ff0000", title: "Any colour", ariaLabel: "colour" });
   for (const name of model.get("colours")) {
-    const swatch = add(tools, "button", { title: name, ariaLabel: `colour ${name}` });
-    swatch.style.cssText = `width: 22px; height: 22px; padding: 0; border: 1px solid #888; background: ${name};`;
+    const style = `width: 22px; height: 22px; padding: 0; border: 1px solid #888; background: ${name};`;
+    const swatch = add(tools, "button", { title: name, ariaLabel: `colour ${name}`, style });
     swatch.onclick = () => { colour.value = name; eraser.checked = false; };
   }
+  const eraser = add(add(tools, "label", { textContent: "eraser " }), "input", { type: "checkbox" });
   const number = (name, value, min, max, step, title) => {
-    const box = add(add(tools, "label", { textContent: `${name} `, title }), "input", { type: "number" });
-    box.style.cssText = `${FLAT} width: 46px;`;
-    return Object.assign(box, { min, max, step, value });
+    const label = add(tools, "label", { textContent: `${name} `, title });
+    return add(label, "input", { type: "number", min, max, step, value, style: BOX });
   };
   const size = number("size", 1, 1, Math.min(width, height), 1, "Side of the square brush in pixels");
   const opacity = number("opacity %", 100, 5, 100, 5, "How much of the image the paint covers");
-  const eraser = add(add(tools, "label", { textContent: "eraser " }), "input", { type: "checkbox" });
   const said = add(el, "div", { className: "bclip-lab-painted", role: "status" });
 
   // --- painting ---
@@ -85,8 +84,7 @@ function render({ model, el }) {
     canvas.setPointerCapture(event.pointerId);
     stroke = Date.now();
     cursor = place(event);
-    line(cursor, cursor);
-    ask();
+    move(event);
   }
 
   function move(event) {
@@ -100,7 +98,7 @@ function render({ model, el }) {
     if (stroke === null) return;
     if (event.type === "pointerup") move(event);
     stroke = null;
-    if (unsent !== null) send(); // at once: no frame comes to a page that is hidden meanwhile
+    if (unsent !== null) send(unsent); // at once: no frame comes to a page that is hidden meanwhile
   }
 
   function key(event) {
@@ -114,15 +112,15 @@ function render({ model, el }) {
     cursor = at.map((start, axis) => Math.min(Math.max(start + (step?.[axis] ?? 0), 0), last[axis]));
     if (!step) {
       dab(cursor, erase || eraser.checked);
-      unsent = Date.now();
+      send(Date.now());
     }
     ask();
   }
 
   // --- the kernel ---
 
-  function send() {
-    model.send({ stroke: unsent }, undefined, [pixels.slice().buffer]);
+  function send(stroke) {
+    model.send({ stroke }, undefined, [pixels.slice().buffer]);
     unsent = null;
     sent += 1;
   }
@@ -141,7 +139,7 @@ function render({ model, el }) {
 
   function draw() {
     frame = 0;
-    if (unsent !== null && model.get("handled") >= sent) send(); // else `follow` asks again
+    if (unsent !== null && model.get("handled") >= sent) send(unsent); // else `follow` asks again
     const context = canvas.getContext("2d");
     const whole = [0, 0, canvas.width, canvas.height];
     context.imageSmoothingEnabled = false;
@@ -174,10 +172,10 @@ function render({ model, el }) {
   const hands = { pointerdown: press, pointermove: move, pointerup: release, pointercancel: release, keydown: key };
   for (const [event, react] of Object.entries(hands)) canvas.addEventListener(event, react);
   size.addEventListener("input", ask);
-  for (const name of FOLLOWED) model.on(`change:${name}`, follow);
+  model.on("change", follow);
   ask();
   return () => {
-    for (const name of FOLLOWED) model.off(`change:${name}`, follow);
+    model.off("change", follow);
     cancelAnimationFrame(frame);
   };
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -12,7 +13,6 @@ from typing import Any, ClassVar
 
 import ipywidgets as ipw
 import numpy as np
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
@@ -36,9 +36,9 @@ _BREATH = 0.02  # seconds between two steps of a training: one message takes the
 _TITLE, _LABEL, _TICK = 13, 12, 11
 
 _STYLE = """<style>
-.bclip-lab-design { display: flex; flex-wrap: wrap; gap: 4px 24px; line-height: 1.35; font-size: 14px; }
-.bclip-lab-design b { font-size: 26px; font-variant-numeric: tabular-nums; }
-.bclip-lab-design .name { font-size: 17px; font-weight: 600; }
+.bclip-lab-design { display: flex; flex-wrap: wrap; gap: 4px 20px; line-height: 1.35; font-size: 13px; }
+.bclip-lab-design b { font-size: 22px; font-variant-numeric: tabular-nums; }
+.bclip-lab-design .name { font-size: 16px; font-weight: 600; }
 .bclip-lab-runs { max-height: 150px; overflow-y: auto; line-height: 1.3; }
 .bclip-lab-runs td, .bclip-lab-runs th { text-align: right; padding: 0 10px 0 0; font-variant-numeric: tabular-nums; }
 .bclip-lab-error { color: var(--jp-error-color1, #b00020); font-weight: 600; }
@@ -119,7 +119,7 @@ class TriggerDesigner:
         self._later = Newest(self._compute, self._loop)
 
         state = self.state
-        self.paint = Paint(state.pixels, _rgb(state.test_images), [to_hex(rgb) for rgb in COLOURS.values()])
+        self.paint = Paint(state.pixels, _rgb(state.test_images), [_hex(rgb) for rgb in COLOURS.values()])
         self._undo, self._redo, self._clear = (
             _button(*about)
             for about in (
@@ -247,12 +247,9 @@ class TriggerDesigner:
         self._later.ask()
 
     def _change(self, act: Callable[[], object]) -> None:
-        try:
+        with self._reported():
             act()
-        except (ValueError, FileNotFoundError) as error:
-            self._wrong.value = _said(str(error), wrong=True)
-            return
-        self._changed()
+            self._changed()
 
     def _uploaded(self, change: Any) -> None:
         for file in change["new"]:
@@ -288,11 +285,10 @@ class TriggerDesigner:
             return
         if TriggerDesigner._training is not None:
             TriggerDesigner._training.stop()
-        try:
-            steps = self.state.train()
-        except ValueError as error:
-            self._wrong.value = _said(str(error), wrong=True)
-            return
+        with self._reported():
+            self._begin(self.state.train())
+
+    def _begin(self, steps: Generator[DesignStep]) -> None:
         TriggerDesigner._training = self
         self._steps, self._given, self._began = steps, None, time.perf_counter()
         self._drawing.begin()
@@ -352,15 +348,21 @@ class TriggerDesigner:
     # --- what is shown ---
 
     def _compute(self) -> None:
-        try:
+        with self._reported():
             self._drawing.draw()
             self._norms.value = _norms(self.state)
-        except Exception as error:  # else it is seen in the kernel's log only
-            self._wrong.value = _said(str(error), wrong=True)
-            if not isinstance(error, ValueError):  # source and target of one class, for example
-                raise
-        else:
             self._wrong.value = ""
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Show an error, which else is seen in the kernel's log only; what a user can put right is only shown."""
+        try:
+            yield
+        except Exception as error:
+            expected = isinstance(error, ValueError | FileNotFoundError)
+            self._wrong.value = _said(str(error) if expected else f"{type(error).__name__}: {error}", wrong=True)
+            if not expected:
+                raise
 
 
 def _button(name: str, icon: str, tip: str) -> Any:
@@ -376,6 +378,10 @@ def _rgb(data: LabelledImages) -> NDArray[np.uint8]:
     """The first of the images: uint8 (H, W, 3)."""
     image = (to_float(data.images[:1]).cpu()[0] * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
     return np.repeat(image, 3 // image.shape[2], axis=2)
+
+
+def _hex(rgb: tuple[float, ...]) -> str:
+    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
 
 
 def _said(text: str, wrong: bool = False) -> str:

@@ -25,7 +25,7 @@ function render({ model, el }) {
   const canvas = add(el, "canvas", {
     className: "bclip-lab-paint", width: width * zoom, height: height * zoom, tabIndex: 0, role: "application",
     ariaLabel: "Trigger: the arrow keys move the cursor, Space paints, Delete erases",
-    style: "display: block; cursor: crosshair; touch-action: none; border: 1px solid #888; image-rendering: pixelated;",
+    style: "display: block; touch-action: none; image-rendering: pixelated; border: 1px solid #888; background: #808080;",
   });
   const tools = add(el, "div", {
     style: `display: flex; flex-wrap: wrap; gap: 6px; align-items: center; padding: 4px 0; width: ${width * zoom}px;`,
@@ -143,8 +143,7 @@ function render({ model, el }) {
     const context = canvas.getContext("2d");
     const whole = [0, 0, canvas.width, canvas.height];
     context.imageSmoothingEnabled = false;
-    context.fillStyle = "#808080";
-    context.fillRect(...whole);
+    context.clearRect(...whole);
     context.globalAlpha = 0.5;
     context.drawImage(backdrop, ...whole);
     context.globalAlpha = 1;

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 __all__ = ["Paint"]
 
 
-class Paint(anywidget.AnyWidget):  # type: ignore[misc]
+class Paint(anywidget.AnyWidget):
     """A small RGBA picture, magnified over a backdrop, that is painted with the mouse or the keyboard.
 
     What is painted appears in the browser at once, without the kernel (`paint.js` beside this file); the pixels come

@@ -521,6 +521,7 @@ def test_stopped_and_trained_again_at_once_one_training_runs():
         designer._train.click()
         designer._train.click()  # the second click of a quick hand
         await until(lambda: designer.model is not first)
+        assert designer.step.evaluation is not None or shown(designer) == []  # not those of the first
         advanced = []
         original = designer._advance
         designer._advance = lambda steps: (advanced.append(designer.step.epoch), original(steps))

@@ -153,6 +153,9 @@ def test_paint(open_notebook, lab, tmp_path):
     code = "import base64; print(base64.b64encode(designer._drawing.picture.png()).decode()[-2000:])"
     source = "document.querySelector('.jp-OutputArea-output img').src.trim().slice(-2000)"
     notebook.expect(source, notebook.kernel(code))
+    # what is saved for a reader without a kernel: a line that says how to run it, and that picture
+    saved = page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets[1].model.outputs.toJSON()")
+    assert "run this cell in JupyterLab" in saved[0]["data"]["text/plain"] and "image/png" in saved[1]["data"]
     assert notebook.faults() == []
     assert "Traceback" not in lab.log.read_text()
 

@@ -74,9 +74,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """Progress after one epoch: mean loss and accuracy on the training images as they were shown."""
+    """Progress after `epoch` epochs: mean loss and accuracy on the latest one's images as they were shown.
 
-    epoch: int
+    Within an epoch (see `records_per_epoch` of `train`) `epoch` is a fraction, and the means are over the images
+    that this epoch has shown so far.
+    """
+
+    epoch: float
     epochs: int
     loss: float
     train_accuracy: float
@@ -143,6 +147,7 @@ def train(
     *,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy,
     attacker: Attacker | None = None,
+    records_per_epoch: int = 1,
 ) -> Iterator[TrainStep]:
     """Train a model in place, yielding a record after every epoch.
 
@@ -162,17 +167,20 @@ def train(
         controls the training knows it and may use it.
     attacker
         One who sits in the training loop and learns along with the model; by default there is none.
+    records_per_epoch
+        1 by default. More (at most one a batch) let a caller with other work, such as a widget, turn to it within
+        an epoch; the model learns the same.
 
     Yields
     ------
     TrainStep
-        One an epoch.
+        `records_per_epoch` an epoch, the last of them at its end.
 
     Raises
     ------
     ValueError
-        Fewer images than two, fewer classes in the model than in the data, or a loss that is no longer finite
-        (lower the learning rate).
+        Fewer images than two, fewer records an epoch than one, fewer classes in the model than in the data, or a
+        loss that is no longer finite (lower the learning rate).
 
     Examples
     --------
@@ -189,6 +197,8 @@ def train(
         mask, data = data.poisoned, data.data
     if len(data) < 2:
         raise ValueError(f"data must hold at least two images, got {len(data)}")
+    if records_per_epoch < 1:
+        raise ValueError(f"records_per_epoch must be at least 1, got {records_per_epoch}")
     device = device_of(model)
     generator = torch.Generator().manual_seed(config.seed)
     optimiser = torch.optim.SGD(
@@ -216,7 +226,7 @@ def train(
             model.train()
             order = torch.randperm(len(data), generator=generator).to(device)
             total, correct, seen = 0.0, 0, 0
-            for rows in order.split(config.batch_size)[:batches]:
+            for batch, rows in enumerate(order.split(config.batch_size)[:batches], 1):
                 x = to_float(images[rows])
                 x = augment(x, shift=config.shift, flip=config.flip, generator=generator)
                 y = labels[rows]
@@ -240,10 +250,14 @@ def train(
                 total += float(value.detach()) * len(rows)
                 correct += int((out.argmax(1) == y).sum())
                 seen += len(rows)
-            if not math.isfinite(total):
-                raise ValueError(f"the loss is {total} after epoch {epoch}: lower learning_rate")
-            model.eval()
-            rate = float(schedule.get_last_lr()[0])
-            yield TrainStep(epoch, config.epochs, total / seen, correct / seen, rate, model)
+                if batch * records_per_epoch // batches == (batch - 1) * records_per_epoch // batches:
+                    continue
+                done = epoch if batch == batches else epoch - 1 + batch / batches
+                if not math.isfinite(total):
+                    raise ValueError(f"the loss is {total} after epoch {done:g}: lower learning_rate")
+                model.eval()
+                rate = float(schedule.get_last_lr()[0])
+                yield TrainStep(done, config.epochs, total / seen, correct / seen, rate, model)
+                model.train()
     finally:
         model.eval()

@@ -123,6 +123,41 @@ def test_a_record_is_given_in_evaluation_mode_and_training_goes_on_after_it() ->
     assert modes == [True] * 4
 
 
+@pytest.mark.parametrize(
+    ("records", "expected"), [(2, [0.5, 1, 1.5, 2]), (9, [1 / 4, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2])]
+)
+def test_records_within_an_epoch_change_nothing_else(records: int, expected: list[float]) -> None:
+    data, config = dark_and_light(64), TrainConfig(epochs=2, batch_size=16, flip=True)
+    whole = list(train(network(), data, config))
+    steps = []
+    for step in train(network(), data, config, records_per_epoch=records):
+        assert not step.model.training
+        steps.append(step)
+    assert [step.epoch for step in steps] == expected
+    ends = [step for step in steps if step.epoch == int(step.epoch)]
+    assert [(s.epoch, s.loss, s.train_accuracy) for s in ends] == [(s.epoch, s.loss, s.train_accuracy) for s in whole]
+    assert torch.equal(weights(steps[-1].model), weights(whole[-1].model))
+
+
+def test_the_means_of_a_record_are_of_its_epoch_so_far() -> None:
+    seen = []
+
+    def one_by_one(out: Tensor, labels: Tensor, poisoned: Tensor) -> Tensor:
+        value = F.cross_entropy(out, labels)
+        seen.append(float(value.detach()))
+        return value
+
+    config = TrainConfig(epochs=2, batch_size=16, **PLAIN)
+    steps = list(train(linear(), dark_and_light(64), config, loss=one_by_one, records_per_epoch=2))
+    expected = [sum(seen[a:b]) / (b - a) for a, b in ((0, 2), (0, 4), (4, 6), (4, 8))]
+    assert [step.loss for step in steps] == pytest.approx(expected)
+
+
+def test_fewer_records_than_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="records_per_epoch must be at least 1, got 0"):
+        next(train(network(), dark_and_light(), records_per_epoch=0))
+
+
 def test_a_fault_in_the_loss_leaves_evaluation_mode() -> None:
     def fault(out: Tensor, labels: Tensor, poisoned: Tensor) -> Tensor:
         raise KeyError

@@ -2,6 +2,8 @@
 
 from bclip_lab.widgets.activation_explorer import ActivationExplorer
 from bclip_lab.widgets.activations import ActivationExploration
+from bclip_lab.widgets.designer import TriggerDesigner
+from bclip_lab.widgets.designing import TriggerDesign
 from bclip_lab.widgets.detection_explorer import DetectionExplorer
 from bclip_lab.widgets.detections import DetectionExploration
 from bclip_lab.widgets.drag import DragLine, Steps
@@ -17,4 +19,6 @@ __all__ = [
     "DetectionExplorer",
     "DragLine",
     "Steps",
+    "TriggerDesign",
+    "TriggerDesigner",
 ]

@@ -63,7 +63,7 @@ class ActivationExploration:
     Raises
     ------
     ValueError
-        As `ClippedModel`; `images` is below 1, or the attack turns none of the test images.
+        As `ClippedModel`; `images` is below 1 or above 2,000, or the attack turns none of the test images.
 
     Examples
     --------
@@ -81,6 +81,8 @@ class ActivationExploration:
         self._clipped = ClippedModel(model.original if isinstance(model, ClippedModel) else model)
         self.clean: LabelledImages
         self.triggered: TriggeredImages
+        if images > 2000:  # of more, the statistics keep no number of each
+            raise ValueError(f"images must be at most 2000, got {images}")
         self.clean, self.triggered = sample(splits.test, attack, images, seed)
         both = (self.clean.images, self.clean.labels), (self.triggered.images, self.triggered.true_labels)
         clean, triggered = statistics = [self._clipped.activations(images, quantiles=()) for images, _ in both]

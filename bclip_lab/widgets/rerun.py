@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from bclip_lab.clipping import Clip, ClippedModel
 from bclip_lab.data.images import to_float
+from bclip_lab.data.images import to_float
 from bclip_lab.models import device_of, evaluating
 
 __all__ = ["Rerun"]

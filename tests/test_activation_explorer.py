@@ -146,6 +146,10 @@ def test_images_of_bytes():
     ("do", "message"),
     [
         (lambda: ActivationExploration(network(), SPLITS, Blue(), images=0), "images must be at least 1, got 0"),
+        (
+            lambda: ActivationExploration(network(), SPLITS, Blue(), images=2001),
+            "images must be at most 2000, got 2001",
+        ),
         (lambda: ActivationExploration(network(), SPLITS, Nothing()), "attack turns none of the 40 test images"),
         (lambda: ActivationExploration(nn.Flatten(), SPLITS, Blue()), "no activation call"),
     ],

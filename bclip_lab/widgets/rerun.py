@@ -11,8 +11,7 @@ from torch import Tensor, fx
 
 from bclip_lab.clipping import Clip, ClippedModel
 from bclip_lab.data.images import to_float
-from bclip_lab.data.images import to_float
-from bclip_lab.models import device_of, evaluating
+from bclip_lab.models import device_of, evaluating, images_at_once
 
 __all__ = ["Rerun"]
 
@@ -73,11 +72,17 @@ class Rerun:
     """
 
     def __init__(
-        self, clipped: ClippedModel, images: Sequence[Tensor], *, memory: int = 200_000_000, batch_size: int = 500
+        self,
+        clipped: ClippedModel,
+        images: Sequence[Tensor],
+        *,
+        memory: int = 200_000_000,
+        batch_size: int | None = None,
     ) -> None:
         self._clipped = clipped
-        self._sizes = [len(each.split(batch_size)) for each in images]
-        self._images = [batch for each in images for batch in each.split(batch_size)]
+        split = [each.split(batch_size or images_at_once(each.shape)) for each in images]
+        self._sizes = [len(batches) for batches in split]
+        self._images = [batch for batches in split for batch in batches]
         self._memory = memory
         self._runner = fx.Interpreter(clipped.network, garbage_collect_values=False)
         self._nodes: list[fx.Node] = list(clipped.network.graph.nodes)

@@ -50,7 +50,7 @@ class Rerun:
     memory
         Bytes that may be kept. A site that needs more is computed from the nearest one before it that fits.
     batch_size
-        Images at once.
+        Images at once; by default as `bclip_lab.models.images_at_once` has it.
 
     Attributes
     ----------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bclip_lab.data.images import check_images, check_labels, to_float
-from bclip_lab.models import bfloat16_is_fast, device_of, evaluating
+from bclip_lab.models import bfloat16_is_fast, device_of, evaluating, images_at_once
 
 __all__ = [
     "MaximumMarginConfig",
@@ -19,6 +19,10 @@ __all__ = [
     "maximum_margin_perturbations",
     "place_patches",
 ]
+
+
+# Images a step for each perturbation, and for each patch.
+_PER_PERTURBATION, _PER_PATCH = 10, 3
 
 
 def classification_margins(logits: Tensor, classes: Tensor) -> Tensor:
@@ -124,7 +128,8 @@ def maximum_margin_images(
     classes: int,
     config: MaximumMarginConfig | None = None,
     *,
-    batch_size: int = 500,
+    targets: Tensor | None = None,
+    batch_size: int | None = None,
 ) -> MaximumMargins:
     """For each class t, images x in [0, 1] that maximise m_t(x).
 
@@ -143,8 +148,10 @@ def maximum_margin_images(
     config
         `MaximumMarginConfig()` by default: all classes in one batch under Adam, 40 steps, which finds the
         same outlying class as the published 300 plain steps in a thirtieth of the time.
+    targets
+        int64 (T,): the classes t, in order; all of them by default.
     batch_size
-        Images at once; memory is bounded by it.
+        Images at once; by default as `bclip_lab.models.images_at_once` has it.
 
     Raises
     ------
@@ -162,15 +169,18 @@ def maximum_margin_images(
     config = config or MaximumMarginConfig()
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape must be (C, H, W), each at least 1, got {tuple(shape)}")
+    batch_size = images_at_once(shape) if batch_size is None else batch_size
     if classes < 2 or batch_size < 1:
         raise ValueError(f"classes must be >= 2 and batch_size >= 1, got {classes} and {batch_size}")
     device = device_of(model)
     generator = torch.Generator().manual_seed(config.seed)
-    noise = torch.rand((classes * config.per_class, *shape), generator=generator)
-    targets = torch.arange(classes).repeat_interleave(config.per_class)
+    targets = torch.arange(classes) if targets is None else targets.cpu()
+    check_labels(targets, classes, "targets")
+    targets = targets.repeat_interleave(config.per_class)
     images, margins = [], []
     with evaluating(model):
-        for start, target in zip(noise.split(batch_size), targets.split(batch_size), strict=True):
+        for target in targets.split(batch_size):
+            start = torch.rand((len(target), *shape), generator=generator)
             x = start.to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
             optimiser = (
                 torch.optim.Adam([x], lr=config.learning_rate)
@@ -192,13 +202,14 @@ def maximum_margin_images(
 def maximum_margin_perturbations(
     model: nn.Module,
     images: Tensor,
-    classes: int,
+    targets: Tensor,
     *,
     limit: float,
-    steps: int = 40,
-    batch_size: int = 500,
+    steps: int = 30,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> Tensor:
-    """For each class t, one perturbation that raises the margin m_t of *all* images.
+    """For each target class t, one perturbation that raises the margin m_t of *all* images.
 
     delta_t = argmax over |delta| <= limit of the mean over x of m_t(clip(x + delta, 0, 1)): a targeted
     universal perturbation (Moosavi-Dezfooli et al., arXiv 1610.08401). A trigger that is spread over the
@@ -210,47 +221,54 @@ def maximum_margin_perturbations(
     model
         Any classifier; its weights, their gradients and its mode are left alone.
     images
-        (N, C, H, W), uint8 or float32 in [0, 1]: some clean images; two a class suffice.
-    classes
-        Number of classes K of the model.
+        (N, C, H, W), uint8 or float32 in [0, 1]: some clean images.
+    targets
+        int64 (T,): the classes t.
     limit
         Largest change of a pixel, in units of the range [0, 1].
     steps
         Of Adam, each of limit / 5.
     batch_size
-        Images at once; memory is bounded by it.
+        Images a step, ten for each class; so many classes are sought together. By default 100 of up to 32x32 pixels,
+        of larger ones fewer.
+    seed
+        Of the images, which are drawn afresh for every step and are the same for all classes.
 
     Returns
     -------
     Tensor
-        float32 (K, C, H, W) within [-limit, limit], on the model's device.
+        float32 (T, C, H, W) within [-limit, limit], on the model's device.
 
     Examples
     --------
     >>> from bclip_lab.models import resnet10
     >>> delta = maximum_margin_perturbations(
-    ...     resnet10(4, seed=0, width=4), torch.rand(3, 3, 8, 8), 4, limit=0.1, steps=2
+    ...     resnet10(4, seed=0, width=4), torch.rand(3, 3, 8, 8), torch.arange(4), limit=0.1, steps=2
     ... )
     >>> delta.shape, bool(delta.abs().max() <= 0.1)
     (torch.Size([4, 3, 8, 8]), True)
     """
     check_images(images)
-    if not len(images) or not limit > 0 or steps < 1:
+    batch_size = images_at_once(images.shape, 100) if batch_size is None else batch_size
+    if not len(images) or not limit > 0 or steps < 1 or batch_size < 1:
         raise ValueError(
-            f"images must not be empty, limit > 0 and steps >= 1, got {len(images)} images, {limit}, {steps}"
+            "images must not be empty, limit > 0, steps and batch_size >= 1, got "
+            f"{len(images)} images, {limit}, {steps}, {batch_size}"
         )
     device = device_of(model)
     clean = to_float(images.to(device))
+    count = min(len(clean), _PER_PERTURBATION)
     found = []
     with evaluating(model):
-        for targets in torch.arange(classes).split(max(1, batch_size // len(clean))):
-            delta = torch.zeros(len(targets), 1, *clean.shape[1:], device=device, requires_grad=True)
+        for some in targets.cpu().split(max(1, batch_size // _PER_PERTURBATION)):
+            generator = torch.Generator().manual_seed(seed)
+            delta = torch.zeros(len(some), 1, *clean.shape[1:], device=device, requires_grad=True)
             optimiser = torch.optim.Adam([delta], lr=limit / 5)
             for _ in range(steps):
-                x = (clean + delta).clamp(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-                out = _ascent_logits(model, x)
-                margins = classification_margins(out, targets.repeat_interleave(len(clean)))
-                (delta.grad,) = torch.autograd.grad(-margins.sum() / len(clean), delta)
+                rows = torch.randperm(len(clean), generator=generator)[:count].to(device)
+                x = (clean[rows] + delta).clamp(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+                margins = classification_margins(_ascent_logits(model, x), some.repeat_interleave(count))
+                (delta.grad,) = torch.autograd.grad(-margins.sum() / count, delta)
                 optimiser.step()
                 with torch.no_grad():
                     delta.clamp_(-limit, limit)
@@ -306,11 +324,11 @@ def maximum_margin_patches(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    classes: int,
+    pairs: Tensor,
     *,
     size: int = 4,
-    steps: int = 60,
-    batch_size: int = 270,
+    steps: int = 20,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
     """For each pair of classes (s, t), one small patch that raises the margin m_t of images of class s.
@@ -326,61 +344,72 @@ def maximum_margin_patches(
     images
         (N, C, H, W), uint8 or float32 in [0, 1]: some clean images.
     labels
-        int64 (N,): their classes; every pair is sought whose class s occurs.
-    classes
-        Number of classes K of the model.
+        int64 (N,): their classes.
+    pairs
+        int64 (P, 2): the pairs (s, t). Of every s there is an image.
     size
         Side S of the patches in pixels.
     steps
         Of Adam, each of 0.1.
     batch_size
-        Images a step, of random pairs: 3 of each pair with ten classes, fewer with more.
+        Images a step, three of each pair; so many pairs are sought together. By default 270 of up to 32x32 pixels,
+        of larger ones fewer.
     seed
-        Of the first patches, uniform in [0, 1], of the pairs and the places.
+        Of the first patches, uniform in [0, 1], of the images and the places.
 
     Returns
     -------
     Tensor
-        float32 (K, K, C, S, S) in [0, 1], on the model's device: `[s, t]` takes s to t. The rest is noise.
+        float32 (P, C, S, S) in [0, 1], on the model's device.
 
     Raises
     ------
     ValueError
-        No images, not as many labels, no step, or a size below 1 or larger than the images.
+        No images, not as many labels, no step, a pair whose s has no image, or a size below 1 or larger than the
+        images.
 
     Examples
     --------
     >>> from bclip_lab.models import resnet10
-    >>> images = torch.rand(4, 3, 8, 8)
-    >>> patches = maximum_margin_patches(resnet10(4, seed=0, width=4), images, torch.arange(4), 4, size=2, steps=2)
-    >>> patches.shape
-    torch.Size([4, 4, 3, 2, 2])
+    >>> images, pairs = torch.rand(4, 3, 8, 8), torch.tensor([[0, 1], [2, 1]])
+    >>> maximum_margin_patches(resnet10(4, seed=0, width=4), images, torch.arange(4), pairs, size=2, steps=2).shape
+    torch.Size([2, 3, 2, 2])
     """
     check_images(images)
-    check_labels(labels, classes)
     if len(labels) != len(images):
         raise ValueError(f"images and labels must be as many, got {len(images)} and {len(labels)}")
-    if not len(images) or steps < 1 or not 1 <= size <= min(images.shape[-2:]):
+    batch_size = images_at_once(images.shape, 270) if batch_size is None else batch_size
+    if not len(images) or steps < 1 or batch_size < 1 or not 1 <= size <= min(images.shape[-2:]):
         raise ValueError(
-            f"images must not be empty, steps >= 1 and size between 1 and the images' side, got {len(images)} images "
-            f"of {tuple(images.shape[-2:])}, {steps}, {size}"
+            "images must not be empty, steps and batch_size >= 1 and size between 1 and the images' side, got "
+            f"{len(images)} images of {tuple(images.shape[-2:])}, {steps}, {batch_size}, {size}"
         )
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+        raise ValueError(f"pairs must be int64 (P, 2), got {pairs.dtype} {tuple(pairs.shape)}")
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
-    clean, labels = to_float(images.to(device)), labels.cpu()
-    members = [torch.nonzero(labels == s).flatten() for s in labels.unique()]
-    patches = torch.rand(classes, classes, images.shape[1], size, size, generator=generator).to(device)
-    patches.requires_grad_()
-    optimiser = torch.optim.Adam([patches], lr=0.1)
+    clean, labels, pairs = to_float(images.to(device)), labels.cpu(), pairs.cpu()
+    members = {s: torch.nonzero(labels == s).flatten() for s in pairs[:, 0].unique().tolist()}
+    if empty := [s for s, rows in members.items() if not len(rows)]:
+        raise ValueError(f"pairs: there is no image of class {empty[0]}")
+    found = [torch.empty(0, images.shape[1], size, size, device=device)]
     with evaluating(model):
-        for _ in range(steps):
-            source = torch.randint(len(members), (batch_size,), generator=generator).tolist()
-            rows = torch.stack([members[s][torch.randint(len(members[s]), (), generator=generator)] for s in source])
-            targets = (labels[rows] + torch.randint(1, classes, (batch_size,), generator=generator)) % classes
-            x = place_patches(clean[rows.to(device)], patches[labels[rows], targets], generator)
-            out = _ascent_logits(model, x.contiguous(memory_format=torch.channels_last))
-            (patches.grad,) = torch.autograd.grad(-classification_margins(out, targets).sum(), patches)
-            optimiser.step()
-            with torch.no_grad():
-                patches.clamp_(0, 1)
-    return patches.detach()
+        for some in pairs.split(max(1, batch_size // _PER_PATCH)):
+            sources, targets = some.repeat(_PER_PATCH, 1).unbind(1)
+            patches = torch.rand(len(some), images.shape[1], size, size, generator=generator).to(device)
+            patches.requires_grad_()
+            optimiser = torch.optim.Adam([patches], lr=0.1)
+            for _ in range(steps):
+                rows = torch.stack([_one_of(members[s], generator) for s in sources.tolist()]).to(device)
+                x = place_patches(clean[rows], patches.repeat(_PER_PATCH, 1, 1, 1), generator)
+                out = _ascent_logits(model, x.contiguous(memory_format=torch.channels_last))
+                (patches.grad,) = torch.autograd.grad(-classification_margins(out, targets).sum(), patches)
+                optimiser.step()
+                with torch.no_grad():
+                    patches.clamp_(0, 1)
+            found.append(patches.detach())
+    return torch.cat(found)
+
+
+def _one_of(rows: Tensor, generator: torch.Generator) -> Tensor:
+    return rows[torch.randint(len(rows), (), generator=generator)]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Real
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,12 +35,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bclip_lab.attacks import BackdoorAttack, Trigger
+from bclip_lab.benchmark import summary
 from bclip_lab.clipping import ClippedModel, abnormality
 from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages, check_images, to_float
 from bclip_lab.detection import MMBD
 from bclip_lab.evaluation import Evaluation, RocCurve, Visibility
 from bclip_lab.margins import classification_margins
 from bclip_lab.models import logits
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "CLEAN",
@@ -51,12 +55,14 @@ __all__ = [
     "DecisionDisplay",
     "EvaluationDisplay",
     "GalleryDisplay",
+    "GridDisplay",
     "HistoryDisplay",
     "MarginDisplay",
     "MaximumMarginDisplay",
     "RocDisplay",
     "ScoreDisplay",
     "SweepDisplay",
+    "TradeOffDisplay",
     "TriggerGalleryDisplay",
     "live",
 ]
@@ -786,7 +792,7 @@ class ScoreDisplay:
         _label(
             ax,
             f"Scores of {self.name}: right of the threshold an image is detected",
-            "score (logits): higher is more suspicious",
+            "score: higher is more suspicious",
             "share of images",
         )
         ax.legend(fontsize=_TICK)
@@ -1339,3 +1345,184 @@ def _metric_lines(ax: Axes, metrics: Floats) -> None:
     ax.set_ylim(-0.04, 1.04)
     ax.set_yticks(np.linspace(0, 1, 6))
     ax.grid(axis="y", color="0.9")
+
+
+# --- the field ----------------------------------------------------------------------------------------------
+
+_MEASURES = {
+    "acc": "accuracy on clean images (ACC)",
+    "asr": "attack success rate (ASR)",
+    "ra": "recovered accuracy (RA)",
+    "auroc": "AUROC over all triggered images",
+    "auroc_successful": "AUROC over the triggered images that succeed",
+    "seconds": "seconds of a fit",
+    "memory": "peak memory of a fit (MiB)",
+}
+_MARKERS = "osD^vPX<>hp*"
+_METHODS = [_PALETTE[i] for i in (2, 4, 5, 9, 1, 8, 6)]  # grey is the network without a defence
+
+
+@dataclass(frozen=True, eq=False)
+class GridDisplay:
+    """A measure of every method on every checkpoint, as a heat map.
+
+    `values` float64 (checkpoints, methods), means over the seeds, NaN where none is known; `failed` int64 of the same
+    shape, how many seeds failed; `measure` a column of `benchmark.frame`.
+    """
+
+    values: Floats = field(repr=False)
+    failed: NDArray[np.int64] = field(repr=False)
+    checkpoints: tuple[str, ...]
+    methods: tuple[str, ...]
+    measure: str
+    ax_: Axes = field(init=False, repr=False)
+    figure_: Figure | SubFigure = field(init=False, repr=False)
+
+    @classmethod
+    def from_frame(cls, cells: pd.DataFrame, measure: str = "asr") -> GridDisplay:
+        """Take a measure from `benchmark.frame`: checkpoints and methods in the order they come in.
+
+        A checkpoint or method without a number and without a failure is left out.
+
+        Raises `ValueError` where `cells` has no such column, or no cell a number.
+
+        Examples
+        --------
+        >>> from bclip_lab import benchmark
+        >>> rows = [row for name in ("mmac", "mm-bm") for row in benchmark.found(name, "patch-0-fit-*")]
+        >>> GridDisplay.from_frame(benchmark.frame(rows))
+        GridDisplay(checkpoints=('patch',), methods=('mmac', 'mm-bm'), measure='asr')
+        """
+        means = summary(cells, measure)
+        if means.empty:
+            raise ValueError(f"no cell has the measure {measure!r}")
+        told = cells[cells[measure].notna() | cells["error"].notna()]
+        names = _checkpoint_names(told)
+        rows, columns = list(dict.fromkeys(names)), list(dict.fromkeys(told["method"]))
+        values = np.full((len(rows), len(columns)), np.nan)
+        for name, method, mean in zip(_checkpoint_names(means), means["method"], means["mean"], strict=True):
+            values[rows.index(name), columns.index(method)] = mean
+        failed = np.zeros(values.shape, dtype=np.int64)
+        for name, method, error in zip(names, told["method"], told["error"], strict=True):
+            failed[rows.index(name), columns.index(method)] += isinstance(error, str)
+        return cls(values, failed, tuple(rows), tuple(columns), measure)
+
+    def plot(self, ax: Axes | None = None) -> GridDisplay:
+        """Draw on `ax`, or on a new figure of pyplot; what is not known is hatched."""
+        ax = _axes(ax, 3.0 + 1.3 * len(self.methods), 1.6 + 0.34 * len(self.checkpoints))
+        form = ".3f" if np.nanmax(self.values) <= 1 else ".0f"
+        texts = np.array(
+            [
+                ("failed" if failed else "") if math.isnan(value) else f"{value:{form}}" + " †" * bool(failed)
+                for value, failed in zip(self.values.flat, self.failed.flat, strict=True)
+            ]
+        ).reshape(self.values.shape)
+        ax.set_facecolor("0.94")
+        ax.patch.set(hatch="///", edgecolor="0.82")
+        sns.heatmap(
+            self.values,
+            ax=ax,
+            mask=np.isnan(self.values),
+            annot=texts,
+            fmt="",
+            annot_kws={"fontsize": _TICK},
+            cmap="cividis",
+            linewidths=1.5,
+            xticklabels=list(self.methods),
+            yticklabels=list(self.checkpoints),
+            cbar=False,
+        )
+        for row, column in np.argwhere(np.isnan(self.values) & (self.failed > 0)):
+            ax.text(column + 0.5, row + 0.5, "failed", ha="center", va="center", fontsize=_TICK)
+        note = "; †: a seed failed" if (~np.isnan(self.values) & (self.failed > 0)).any() else ""
+        name = _MEASURES.get(self.measure, self.measure.replace("_", " "))
+        _label(ax, f"{name}\nmean over the seeds{note}", "", "")
+        ax.tick_params(axis="y", rotation=0, length=0)
+        ax.tick_params(axis="x", rotation=30 if len(self.methods) > 4 else 0, length=0)
+        _keep(self, ax_=ax, figure_=ax.figure)
+        return self
+
+
+def _checkpoint_names(cells: pd.DataFrame) -> list[str]:
+    """Names of checkpoints, with the images and the training seed where names alone are ambiguous."""
+    several = cells["data"].nunique() > 1
+    seeds = cells.groupby(["data", "checkpoint"], sort=False)["training_seed"].transform("nunique")
+    columns = (cells[name] for name in ("data", "checkpoint", "training_seed"))
+    return [
+        (f"{data}: " if several else "") + name + (f", training seed {seed}" if count > 1 else "")
+        for data, name, seed, count in zip(*columns, seeds, strict=True)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class TradeOffDisplay:
+    """What each method leaves of the attack against what it leaves of the accuracy.
+
+    `points`: for each method float64 (N, 2), ASR and ACC on the same N attacked checkpoints, means over the seeds;
+    `before` (N, 2), the same of the attacked networks. `means` and `intervals`, of `before` too, under "no defence":
+    float64 (2,) and (2, 2), ASR then ACC, low then high, by a bootstrap over the checkpoints; NaN for a single one.
+    """
+
+    points: dict[str, Floats] = field(repr=False)
+    before: Floats = field(repr=False)
+    means: dict[str, Floats]
+    intervals: dict[str, Floats] = field(repr=False)
+    ax_: Axes = field(init=False, repr=False)
+    figure_: Figure | SubFigure = field(init=False, repr=False)
+
+    @classmethod
+    def from_frame(cls, cells: pd.DataFrame) -> TradeOffDisplay:
+        """Take the defences of `benchmark.frame`, on the attacked checkpoints that all of them were measured on.
+
+        Raises `ValueError` where there is no such checkpoint.
+        """
+        import pandas as pd
+
+        known = cells.dropna(subset=["asr", "asr_before"])
+        unit = ["data", "checkpoint", "training_seed"]
+        methods = list(dict.fromkeys(known["method"]))
+        shared = known.groupby(unit, sort=False)["method"].transform("nunique") == len(methods)
+        known = known[shared]
+        if known.empty:
+            raise ValueError(f"no attacked checkpoint was measured under each of {', '.join(methods) or 'no method'}")
+        first = known[known["method"] == methods[0]].assign(method="no defence")
+        first = first.assign(asr=first["asr_before"], acc=first["acc_before"])
+        every = pd.concat([first, known])
+        found = {name: summary(every, name, ("method",)).set_index("method") for name in ("asr", "acc")}
+        points = {
+            method: _array(group.groupby(unit, sort=True)[["asr", "acc"]].mean().to_numpy())
+            for method, group in every.groupby("method", sort=False)
+        }
+        means, intervals = {}, {}
+        for method in points:
+            means[method] = np.array([found[name].loc[method, "mean"] for name in ("asr", "acc")])
+            ends = [[found[name].loc[method, end] for end in ("low", "high")] for name in ("asr", "acc")]
+            intervals[method] = np.array(ends, dtype=np.float64)
+        return cls(points, points.pop("no defence"), means, intervals)
+
+    def plot(self, ax: Axes | None = None) -> TradeOffDisplay:
+        """Draw on `ax`, or on a new figure of pyplot: a faint mark a checkpoint, a full one for the mean."""
+        ax = _axes(ax, 9, 5.2)
+        count = len(self.before)
+        everything = {"no defence": self.before} | self.points
+        for index, (method, points) in enumerate(everything.items()):
+            colour = _GREY if method == "no defence" else _METHODS[(index - 1) % len(_METHODS)]
+            marker = _MARKERS[index % len(_MARKERS)]
+            ax.plot(*points.T, marker, color=colour, alpha=0.3, markersize=6, markeredgewidth=0, gid=f"{method}, each")
+            mean, ends = self.means[method], self.intervals[method]
+            error = np.abs(ends - mean[:, None])
+            style: dict[str, Any] = {"color": colour, "capsize": 3, "markersize": 11, "markeredgecolor": "white"}
+            style |= {"xerr": error[:1].T, "yerr": error[1:].T, "fmt": marker, "label": method, "zorder": 3}
+            drawn = ax.errorbar(mean[:1], mean[1:], **style)
+            drawn.lines[0].set_gid(method)
+        ax.plot(0, 1, "*", color="black", markersize=18, clip_on=False, label="ideal", zorder=4, gid="ideal")
+        ax.set_xlim(-0.03, 1.03)
+        lowest = min(points[:, 1].min() for points in everything.values())
+        ax.set_ylim(lowest - 0.1 * (1 - lowest) - 1e-3, 1 + 0.05 * (1 - lowest) + 1e-3)
+        ax.grid(color="0.9")
+        over = f"mean and 95 % interval over {count} attacked checkpoints" if count > 1 else "one attacked checkpoint"
+        _label(ax, f"What a defence leaves: {over}", _MEASURES["asr"], _MEASURES["acc"])
+        _open(ax)
+        ax.legend(fontsize=_TICK, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        _keep(self, ax_=ax, figure_=ax.figure)
+        return self

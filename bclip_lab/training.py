@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bclip_lab.data.images import LabelledImages, PoisonedImages, to_float
-from bclip_lab.models import bfloat16_is_fast, device_of
+from bclip_lab.models import bfloat16_is_fast, device_of, logits
 
-__all__ = ["Attacker", "TrainConfig", "TrainStep", "run", "train"]
+__all__ = ["Attacker", "TrainConfig", "TrainStep", "run", "train", "trainable_copy"]
 
 Step = TypeVar("Step")
 
@@ -261,3 +262,20 @@ def train(
                 model.train()
     finally:
         model.eval()
+
+
+def trainable_copy(model: nn.Module, clean: LabelledImages, *, least: int = 1) -> nn.Module:
+    """A deep copy in evaluation mode whose weights all ask for a gradient.
+
+    Raises `ValueError` unless `model` is a classifier of images like `clean`, with at least as many classes, and
+    `clean` holds at least so many images.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(clean, LabelledImages) or len(clean) < least:
+        got = f"{len(clean)} images" if isinstance(clean, LabelledImages) else type(clean).__name__
+        raise ValueError(f"clean must be LabelledImages, at least {least}, got {got}")
+    private = copy.deepcopy(model).eval().requires_grad_(True)
+    if (known := logits(private, clean[:1]).shape[1]) < len(clean.classes):
+        raise ValueError(f"model has {known} classes, the images of clean have {len(clean.classes)}")
+    return private

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import hashlib
+import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ from bclip_lab.evaluation import evaluate
 from bclip_lab.models import device_of, resnet10
 from bclip_lab.training import TrainConfig, TrainStep, train
 
-__all__ = ["RECIPES", "Checkpoint", "Recipe", "build", "list", "load"]
+__all__ = ["RECIPES", "Checkpoint", "Recipe", "build", "card", "list", "load"]
 
 TRAINING_SEEDS = (0, 1, 2)
 
@@ -228,6 +229,24 @@ def _path(name: str, seed: int) -> Path:
     if seed == recipe.seeds[0]:
         return data_dir() / "zoo" / f"{name}.safetensors"
     return cache_dir() / "zoo" / f"{name}-seed-{seed}.safetensors"
+
+
+def card(name: str, *, seed: int | None = None) -> dict[str, Any]:
+    """The card of a checkpoint, read without its weights; names, seeds and errors are those of `load`.
+
+    Examples
+    --------
+    >>> card("patch")["recipe"]["attack"]["trigger"]["kind"]
+    'PatchTrigger'
+    """
+    path = _path(name, RECIPES[name].seeds[0] if name in RECIPES and seed is None else seed or 0).with_suffix(".json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; `make zoo` trains the checkpoints and writes their cards")
+    try:
+        told: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return told
 
 
 def load(name: str, *, seed: int | None = None, device: str | torch.device = "auto") -> Checkpoint:

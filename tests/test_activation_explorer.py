@@ -9,38 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from toys import CLASSES, Blue, Nothing, images
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, Splits, TriggeredImages
 from bclip_lab.models import logits
 from bclip_lab.widgets import ActivationExploration, ActivationExplorer
-
-CLASSES = ("red", "green")
-
-
-class Blue:
-    """Green images get a blue corner, as bright as their place among them, and shall become red."""
-
-    def triggered(self, data):
-        rows = torch.nonzero(data.labels == 1).flatten()
-        images = data.images[rows].clone()
-        images[:, 2, 0, 0] = torch.linspace(0.5, 1, len(rows))
-        labels = data.labels[rows]
-        return TriggeredImages(images, labels, torch.zeros_like(labels), rows, data.classes)
-
-
-class Nothing:
-    def triggered(self, data):
-        none = torch.zeros(0, dtype=torch.int64)
-        return TriggeredImages(data.images[:0], none, none, none, data.classes)
-
-
-def images(count, seed):
-    """Red and green images of 4x4 with a little blue, at most 0.25."""
-    labels = torch.arange(count) % 2
-    pixels = 0.25 * torch.rand((count, 3, 4, 4), generator=torch.Generator().manual_seed(seed))
-    pixels[torch.arange(count), labels] += 0.5
-    return LabelledImages(pixels, labels, CLASSES)
 
 
 def network(channels=3):
@@ -57,17 +31,18 @@ def network(channels=3):
     return nn.Sequential(first, nn.ReLU(), pool, second, nn.ReLU(), head)
 
 
+BLUE = Blue(dark=0.5)
 SPLITS = Splits(train=images(4, 0), defender=images(4, 1), calibration=images(4, 2), test=images(40, 3))
 
 
 @pytest.fixture
 def state():
-    return ActivationExploration(network(), SPLITS, Blue())
+    return ActivationExploration(network(), SPLITS, BLUE)
 
 
 @pytest.fixture
 def explorer():
-    return ActivationExplorer(network(), SPLITS, Blue())
+    return ActivationExplorer(network(), SPLITS, BLUE)
 
 
 # --- the state ----------------------------------------------------------------------------------------------
@@ -91,7 +66,7 @@ def test_the_images_that_excite_a_channel_most(state):
     assert torch.equal(clean.labels, SPLITS.test.labels[rows])
     assert torch.equal(clean.maps, clean.images[:, 2])
     # the brightest corners are those of the last green images
-    made = Blue().triggered(SPLITS.test)
+    made = BLUE.triggered(SPLITS.test)
     assert torch.equal(triggered.images, made.images[[-1, -2, -3]])
     assert torch.equal(triggered.maps, triggered.images[:, 2]) and (triggered.values[0] == 1)
     assert triggered.labels.tolist() == [1, 1, 1] and triggered.decisions.tolist() == [0, 0, 0]
@@ -110,9 +85,9 @@ def test_a_site_without_positions_has_no_maps(state):
 
 
 def test_sample_of_the_test_images():
-    state = ActivationExploration(network(), SPLITS, Blue(), images=9, seed=1)
-    again = ActivationExploration(network(), SPLITS, Blue(), images=9, seed=1)
-    other = ActivationExploration(network(), SPLITS, Blue(), images=9, seed=2)
+    state = ActivationExploration(network(), SPLITS, BLUE, images=9, seed=1)
+    again = ActivationExploration(network(), SPLITS, BLUE, images=9, seed=1)
+    other = ActivationExploration(network(), SPLITS, BLUE, images=9, seed=2)
     assert len(state.clean) == 9 and len(state.triggered) == int((state.clean.labels == 1).sum())
     assert torch.equal(state.clean.labels[state.triggered.rows], state.triggered.true_labels)
     assert torch.equal(state.clean.images, again.clean.images)
@@ -122,7 +97,7 @@ def test_sample_of_the_test_images():
 def test_a_clipped_model_is_seen_without_its_bounds(state):
     clipped = ClippedModel(network())
     clipped.set_bounds({"1": 0.0})
-    seen = ActivationExploration(clipped, SPLITS, Blue())
+    seen = ActivationExploration(clipped, SPLITS, BLUE)
     assert torch.equal(seen.ratios["1"], state.ratios["1"]) and torch.equal(seen.ratios["4"], state.ratios["4"])
     assert torch.equal(seen.excited()[1].decisions, state.excited()[1].decisions)
     assert (clipped.bounds["1"] == 0).all()
@@ -137,7 +112,7 @@ def test_images_of_bytes():
             made = super().triggered(LabelledImages(data.images.float() / 255, data.labels, data.classes))
             return TriggeredImages((255 * made.images).byte(), made.true_labels, made.targets, made.rows, CLASSES)
 
-    clean, triggered, _ = ActivationExploration(network(), splits, White()).excited()
+    clean, triggered, _ = ActivationExploration(network(), splits, White(0.5)).excited()
     assert clean.images.dtype == torch.float32 and float(triggered.images.max()) == 1
     assert triggered.values[0] == 1
 
@@ -145,13 +120,13 @@ def test_images_of_bytes():
 @pytest.mark.parametrize(
     ("do", "message"),
     [
-        (lambda: ActivationExploration(network(), SPLITS, Blue(), images=0), "images must be at least 1, got 0"),
+        (lambda: ActivationExploration(network(), SPLITS, BLUE, images=0), "images must be at least 1, got 0"),
         (
-            lambda: ActivationExploration(network(), SPLITS, Blue(), images=2001),
+            lambda: ActivationExploration(network(), SPLITS, BLUE, images=2001),
             "images must be at most 2000, got 2001",
         ),
         (lambda: ActivationExploration(network(), SPLITS, Nothing()), "attack turns none of the 40 test images"),
-        (lambda: ActivationExploration(nn.Flatten(), SPLITS, Blue()), "no activation call"),
+        (lambda: ActivationExploration(nn.Flatten(), SPLITS, BLUE), "no activation call"),
     ],
 )
 def test_refuses(do, message):
@@ -184,7 +159,7 @@ def test_cells_are_in_the_order_of_abnormality(state):
     assert state.cell == (1, 2)
 
 
-SHARED = ActivationExploration(network(channels=7), SPLITS, Blue())  # rows of 7 and of 3 cells
+SHARED = ActivationExploration(network(channels=7), SPLITS, BLUE)  # rows of 7 and of 3 cells
 
 
 @given(st.tuples(st.integers(0, 1), st.integers(0, 6)), st.integers(-3, 3), st.integers(-20, 20))
@@ -198,7 +173,7 @@ def test_steps_end_at_the_edges(cell, rows, columns):
 def test_the_model_is_left_alone():
     model = network().train()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    state = ActivationExploration(model, SPLITS, Blue())
+    state = ActivationExploration(model, SPLITS, BLUE)
     state.excited()
     assert model.training and all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -237,7 +212,7 @@ def test_a_click_chooses_a_cell(explorer):
 
 
 def test_cells_that_a_site_does_not_have_cannot_be_clicked():
-    explorer = ActivationExplorer(network(channels=7), SPLITS, Blue())
+    explorer = ActivationExplorer(network(channels=7), SPLITS, BLUE)
     click(explorer, 1, 2)
     click(explorer, 1, 3)
     assert explorer.state.cell == (1, 2)
@@ -285,7 +260,7 @@ def test_the_picture_of_moved_artists_is_that_of_a_whole_drawing(explorer):
 
 
 def test_fewer_images_than_places():
-    explorer = ActivationExplorer(network(), SPLITS, Blue(), images=5)
+    explorer = ActivationExplorer(network(), SPLITS, BLUE, images=5)
     rows = [[image.get_visible() for image in row].count(True) for row in explorer._drawing._images]
     assert rows == [5, len(explorer.state.triggered), len(explorer.state.triggered)] and rows[1] < 5
 
@@ -305,7 +280,7 @@ def test_an_error_is_shown(explorer, monkeypatch):
 
 def test_keys_from_another_thread_are_handled_on_the_loop_and_drawn_once():
     async def walk():
-        explorer = ActivationExplorer(network(channels=30), SPLITS, Blue())
+        explorer = ActivationExplorer(network(channels=30), SPLITS, BLUE)
         drawn = []
         draw = explorer._drawing.draw
 

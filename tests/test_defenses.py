@@ -28,6 +28,7 @@ from bclip_lab.models import logits, resnet10
 from bclip_lab.training import TrainConfig, run, train
 
 QUICK = MaximumMarginConfig(per_class=2, steps=5)
+CLASSES = tuple(str(i) for i in range(30))
 
 
 class TwoPixels(nn.Module):
@@ -105,7 +106,7 @@ def test_stand_ins_are_learned_too(trained: tuple[nn.Module, LabelledImages]) ->
         )
         run(mmac(clipped, data, config))
         fit = BoundFit(ClippedModel(model), data, start=1.0, learning_rate=0.1)
-        sought = TriggerStandIns(fit, limit=0.3, patch=4, generator=torch.Generator().manual_seed(9))
+        sought = TriggerStandIns(fit, torch.arange(4), limit=0.3, patch=4, generator=torch.Generator().manual_seed(9))
         labels = fit.labels.cpu()
         right = []
         for target in range(4):
@@ -117,7 +118,8 @@ def test_stand_ins_are_learned_too(trained: tuple[nn.Module, LabelledImages]) ->
 
 def stand_ins(model: nn.Module, data: LabelledImages, limit: float, patch: int) -> TriggerStandIns:
     fit = BoundFit(ClippedModel(model), data, start=1.0, learning_rate=0.1)
-    return TriggerStandIns(fit, limit=limit, patch=patch, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(fit.targets.shape[1])
+    return TriggerStandIns(fit, targets, limit=limit, patch=patch, generator=torch.Generator().manual_seed(0))
 
 
 class OneToOne(nn.Module):
@@ -156,21 +158,113 @@ def test_rates_are_measured_at_half_the_perturbation() -> None:
 
 def test_a_patch_raises_the_margin_of_its_class_on_images_of_the_other() -> None:
     data = three_pixels()
-    patches = maximum_margin_patches(OneToOne(), data.images, data.labels, 3, size=1, steps=20, batch_size=60)
-    assert patches.shape == (3, 3, 2, 1, 1)
-    assert patches[0, 2, 1] == 1  # brings the key
+    pairs = torch.tensor([[1, 0], [0, 2]])
+    patches = maximum_margin_patches(OneToOne(), data.images, data.labels, pairs, size=1)
+    assert patches.shape == (2, 2, 1, 1)
+    assert patches[1, 1] == 1  # brings the key
+    assert patches[0, 1] < 1
     for change in ({"size": 0}, {"size": 13}, {"steps": 0}):
         with pytest.raises(ValueError, match="size"):
-            maximum_margin_patches(OneToOne(), data.images, data.labels, 3, **{"size": 1, **change})
+            maximum_margin_patches(OneToOne(), data.images, data.labels, pairs, **{"size": 1, **change})
 
 
 def test_stand_ins_are_drawn_by_what_the_original_makes_of_them(trained: tuple[nn.Module, LabelledImages]) -> None:
     found = stand_ins(*trained, limit=0.1, patch=2)
     found.rates = torch.tensor([[0, 0.5, 0.2, 0], [0, 0, 0, 0], [0.9, 0.9, 0, 0], [0, 0, 1.0, 0]])
-    drawn = found.draw(torch.arange(4).repeat_interleave(2000)).view(4, 2000)
-    shares = torch.stack([(drawn == target).float().mean(1) for target in range(4)], 1)
+    found.usual = torch.zeros(4)
+
+    def shares() -> torch.Tensor:
+        drawn = found.draw(torch.arange(4).repeat_interleave(2000)).view(4, 2000)
+        return torch.stack([(drawn == target).float().mean(1) for target in range(4)], 1)
+
     expected = torch.tensor([[0.485, 0.5, 0.015, 0], [0, 1, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
-    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(shares(), expected, atol=0.03, rtol=0)
+    # a class that most others reach at .1 is drawn as a pair of .4 is, by each of them: 8 / 35
+    found.usual = torch.tensor([0, 0, 0, 0.1])
+    expected = torch.tensor([[0.257, 0.5, 0.015, 0.229], [0, 0.771, 0, 0.229], [0.449, 0.449, 0, 0.103], [0, 0, 1, 0]])
+    torch.testing.assert_close(shares(), expected, atol=0.03, rtol=0)
+    found.usual = torch.tensor([0, 0, 0, 0.9])  # never above 1
+    assert (shares()[1:2] == torch.tensor([0, 0, 0, 1.0])).all()
+
+
+class AllToLast(nn.Module):
+    """Four classes, told by a pixel each; a second channel brighter than half takes all of them to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Conv2d(2, 1, 1)
+        self.key.weight.data = torch.tensor([0.0, 128.0]).view(1, 2, 1, 1)
+        self.key.bias.data = torch.tensor([-63.5])  # exact in bfloat16
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = torch.relu(self.key(x)).flatten(1).mean(1)
+        clean = torch.stack([x[:, 0, i, i] for i in range(4)], 1)
+        return 5 * clean + torch.tensor([0.0, 0.0, 0.0, 1.0]) * key[:, None]
+
+
+def test_the_usual_rate_of_a_class_is_the_median_of_the_others() -> None:
+    labels = torch.arange(40) % 4
+    images = torch.zeros(40, 2, 4, 4)
+    images[:, 1] = 0.5
+    images[torch.arange(40), 0, labels, labels] = 1.0
+    data = LabelledImages(images, labels, ("a", "b", "c", "d"))
+    found = stand_ins(AllToLast(), data, limit=0.05, patch=0)
+    assert found.usual.tolist() == [float(found.rates[[s for s in range(4) if s != t], t].median()) for t in range(4)]
+    assert found.usual[3] > 0.08 and found.usual[:3].max() < 0.02
+    # with images of three classes, those have two others each: that says nothing
+    few = stand_ins(AllToLast(), data.subset(labels < 3), limit=0.05, patch=0)
+    assert few.usual[:3].tolist() == [0, 0, 0] and few.usual[3] > 0.08
+
+
+def test_of_many_classes_some_are_looked_at_each_from_nine_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = resnet10(30, seed=0, width=4)
+    images = torch.rand(90, 3, 8, 8, generator=generator)
+    labels = torch.arange(90) % 30
+    labels[labels == 7] = 8  # no image of class 7
+    fit = BoundFit(
+        ClippedModel(model),
+        LabelledImages(images, logits(model, images).argmax(1), CLASSES),
+        start=1.0,
+        learning_rate=0.1,
+    )
+    fit.images, fit.labels = images, labels
+    targets = torch.tensor([2, 7, 11])
+    found = TriggerStandIns(fit, targets, limit=0.1, patch=2, generator=generator)
+    assert found.perturbations.shape == (3, 3, 8, 8) and found.patches is not None
+    assert found.pairs[:, 1].tolist() == [2] * 9 + [7] * 9 + [11] * 9
+    assert len(found.pairs.unique(dim=0)) == len(found.patches) == 27
+    assert (found.pairs[:, 0] != found.pairs[:, 1]).all() and 7 not in found.pairs[:, 0]
+    looked = torch.zeros(30, 30, dtype=torch.bool)
+    looked[found.pairs[:, 0], found.pairs[:, 1]] = True
+    assert torch.equal(found.rates > 0, looked)
+    # every image is moved by what belongs to its pair, and stays where there is none
+    sources, aims = torch.meshgrid(torch.arange(30), torch.arange(30), indexing="ij")
+    sources, aims = sources[labels[:30].sort().values].flatten(), aims.flatten()
+    grey = torch.full((900, 3, 8, 8), 0.5)
+    moved = found.move(grey, sources, aims, patch=0.0)
+    assert torch.equal((moved != grey).flatten(1).any(1), looked[sources, aims])
+    for row, target in enumerate(targets.tolist()):
+        of_it = moved[looked[sources, aims] & (aims == target)]
+        torch.testing.assert_close(of_it - 0.5, found.perturbations[row].expand_as(of_it))
+    patched = found.move(grey, sources, aims, perturbation=0.0)
+    for (source, target), patch in zip(found.pairs.tolist(), found.patches, strict=True):
+        image = patched[(sources == source) & (aims == target)][0]
+        torch.testing.assert_close(image[:, (image != 0.5).any(0)].sort().values, patch.flatten(1).sort().values)
+
+
+def test_patches_and_perturbations_do_not_depend_on_what_is_sought_beside_them() -> None:
+    # a batch holds two pairs, or one class: the first of them are sought as if alone
+    data = three_pixels()
+    pairs = torch.tensor([[0, 2], [1, 0], [2, 1]])
+    patches = maximum_margin_patches(OneToOne(), data.images, data.labels, pairs, size=1, batch_size=6)
+    few = maximum_margin_patches(OneToOne(), data.images, data.labels, pairs[:2], size=1, batch_size=6)
+    assert len(patches) == 3 and torch.equal(patches[:2], few)
+    all_at_once, each = (
+        maximum_margin_perturbations(OneToOne(), data.images, torch.arange(3), limit=0.1, batch_size=size)
+        for size in (100, 10)
+    )
+    torch.testing.assert_close(all_at_once, each)
 
 
 def test_a_stand_in_changes_a_patch_and_little_else(trained: tuple[nn.Module, LabelledImages]) -> None:
@@ -196,14 +290,25 @@ def test_patches_and_perturbations_can_be_left_out(trained: tuple[nn.Module, Lab
     assert changed.max() <= 9
 
 
-def test_perturbations_fade_where_clean_images_do_not_bear_them(trained: tuple[nn.Module, LabelledImages]) -> None:
+def test_perturbations_follow_the_accuracy_and_do_not_return_in_the_last_third(
+    trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = trained
-    limits = {}
-    for target in (0.0, 1.0):  # accuracy is always above the first and never above the second
-        config = MMACConfig(epochs=8, perturbation=0.1, perturbation_from=5, accuracy_target=target, synthetic=QUICK)
-        limits[target] = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
-    assert limits[0.0] == [0.1] * 8
-    assert limits[1.0] == pytest.approx([0.1] * 5 + [0.08, 0.064, 0.0512])
+    config = MMACConfig(
+        epochs=9, batch_size=200, perturbation=0.1, perturbation_from=2, accuracy_target=0.9, synthetic=QUICK
+    )
+    for accuracies, exponents in (
+        ([0.5, 0.9, 0.8, 0.85, 0.95, 0.8, 0.9, 1.0, 0.85], [0, 0, 0, -1, -1.5, -1, -2, -2, -2]),
+        ([0.5, 0.8, 1.0, 1.0, 1.0, 1.0, 0.87, 1.0, 1.0], [0, 0, -1, 0, 0, 0, 0, -0.3, -0.3]),  # never above the first
+    ):
+        given_ones = iter(accuracies)
+        monkeypatch.setattr(BoundFit, "accuracy", lambda self, given_ones=given_ones: next(given_ones))
+        found = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
+        assert found == pytest.approx([0.1 * math.exp(2 * exponent) for exponent in exponents])
+
+
+def test_without_stand_ins_there_is_no_perturbation(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
     none = MMACConfig(epochs=1, perturbation=0, patch=0, synthetic=QUICK)
     assert math.isnan(run(mmac(ClippedModel(model), data, none)).perturbation)
 
@@ -219,12 +324,14 @@ def test_patches_fade_as_perturbations_do(
         return move(self, *args, perturbation=perturbation, patch=patch)
 
     model, data = trained
-    config = MMACConfig(epochs=4, batch_size=200, perturbation_from=2, accuracy_target=1.0, synthetic=QUICK)
+    config = MMACConfig(epochs=4, batch_size=200, perturbation_from=2, accuracy_target=0.9, synthetic=QUICK)
+    monkeypatch.setattr(BoundFit, "accuracy", lambda self: 0.8)
     steps = mmac(ClippedModel(model), data, config)
     next(steps)
     monkeypatch.setattr(TriggerStandIns, "move", watched)
     assert [step.epoch for step in steps] == [2, 3, 4]
-    assert shares == [(1.0, 1.0), pytest.approx((0.8, 0.8)), pytest.approx((0.64, 0.64))]
+    shares_expected = [1.0, math.exp(-2), math.exp(-4)]
+    assert shares == [pytest.approx((share, share)) for share in shares_expected]
 
 
 def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> None:
@@ -356,13 +463,15 @@ def test_only_images_that_the_model_decides_correctly_are_used() -> None:
 
 def test_a_perturbation_raises_the_margin_of_its_class_within_its_limit() -> None:
     data = two_pixels()
-    delta = maximum_margin_perturbations(TwoPixels(), data.images, 2, limit=0.1, steps=30)
+    delta = maximum_margin_perturbations(TwoPixels(), data.images, torch.arange(2), limit=0.1, steps=30)
     assert delta.shape == (2, 1, 1, 2)
     # towards class 0: the first pixel up, the second down, both by all that is allowed
     torch.testing.assert_close(delta[0], torch.tensor([[[0.1, -0.1]]]), atol=1e-4, rtol=0)
     torch.testing.assert_close(delta[1], torch.tensor([[[-0.1, 0.1]]]), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="limit"):
-        maximum_margin_perturbations(TwoPixels(), data.images, 2, limit=0)
+        maximum_margin_perturbations(TwoPixels(), data.images, torch.arange(2), limit=0)
+    with pytest.raises(ValueError, match="batch_size"):
+        maximum_margin_perturbations(TwoPixels(), data.images, torch.arange(2), limit=0.1, batch_size=0)
 
 
 @given(height=st.integers(1, 9), width=st.integers(1, 9), side=st.integers(1, 9), seed=st.integers(0, 99))
@@ -388,6 +497,7 @@ def test_patches_reach_every_place() -> None:
     [
         {"objective": "other"},
         {"epochs": 0},
+        {"classes": 1},
         {"batch_size": 0},
         {"learning_rate": 0.0},
         {"start": -1.0},
@@ -417,7 +527,11 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"MMACConfig.patch is 13, the images have 12x12"):
         run(mmac(ClippedModel(OneToOne()), data, MMACConfig(patch=13)))
     with pytest.raises(ValueError, match="as many"):
-        maximum_margin_patches(OneToOne(), data.images, data.labels[:5], 3)
+        maximum_margin_patches(OneToOne(), data.images, data.labels[:5], torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match="no image of class 3"):
+        maximum_margin_patches(OneToOne(), data.images, data.labels, torch.tensor([[0, 1], [3, 1]]))
+    with pytest.raises(ValueError, match=r"pairs must be int64 \(P, 2\)"):
+        maximum_margin_patches(OneToOne(), data.images, data.labels, torch.tensor([0, 1]))
     for count, side in ((2, 5), (3, 2)):
         with pytest.raises(ValueError, match="no larger than 4x4"):
             place_patches(torch.zeros(2, 1, 4, 4), torch.ones(count, 1, side, side), torch.Generator())

@@ -393,10 +393,10 @@ def test_buttons_and_upload(designer):
     designer._upload.value = ({**file, "content": memoryview(png.getvalue())},)
     assert np.array_equal(designer.state.pixels, drawn(r0c0=1)) and designer._upload.value == ()
     designer._upload.value = ({**file, "content": memoryview(b"none")},)
-    assert "not a picture" in designer._wrong.value and designer.state.painted == 1
+    assert "not a picture" in designer._status.value and designer.state.painted == 1
     designer._redo.click()  # there is none
     designer._undo.click()
-    assert designer.state.painted == 13 and designer._wrong.value == ""
+    assert designer.state.painted == 13 and designer._status.value == ""
 
 
 def test_source_target_and_poison_rate(designer):
@@ -404,9 +404,9 @@ def test_source_target_and_poison_rate(designer):
     assert designer.attack.label_map == OneToOne(2, 1) and designer.attack.poison_rate == 0.25
     assert designer._drawing._labels[0] == "blue" and designer._drawing._labels[-1] == "green"
     designer._target.value = 2
-    assert "target 2 is among the source classes" in designer._wrong.value
+    assert "target 2 is among the source classes" in designer._status.value
     designer._source.value = -1
-    assert designer.state.source is None and designer._wrong.value == ""
+    assert designer.state.source is None and designer._status.value == ""
 
 
 def test_train(designer):
@@ -416,7 +416,7 @@ def test_train(designer):
     assert designer.step.epoch == 2 and designer._progress.value == 2
     found = evaluate(designer.model, designer.state.test_images, designer.attack)
     assert shown(designer) == expected(found)
-    assert designer._status.value.startswith('<span class="bclip-lab-said">trained: 2 of 2 epochs in')
+    assert designer._course.value.startswith('<span class="bclip-lab-status">trained: 2 of 2 epochs in')
     course = designer._drawing._lines["asr"].get_xydata()
     assert course[:, 0].tolist() == [1, 2] and course[-1, 1] == found.asr
     assert "<td>9</td><td>30.0%</td><td>2</td>" in designer._table.value
@@ -433,9 +433,9 @@ def test_train(designer):
 def test_a_training_that_cannot_begin_says_why(designer):
     designer._clear.click()
     designer._train.click()
-    assert "nothing is painted" in designer._wrong.value and designer.model is None
+    assert "nothing is painted" in designer._status.value and designer.model is None
     designer._presets["patch"].click()
-    assert designer._wrong.value == ""
+    assert designer._status.value == ""
 
 
 def test_an_error_is_shown_and_raised():
@@ -445,7 +445,7 @@ def test_an_error_is_shown_and_raised():
     designer = TriggerDesigner(SPLITS, make_model=fail, config=CONFIG)
     with pytest.raises(RuntimeError):
         designer._start()
-    assert "RuntimeError: out of &lt;memory&gt;" in designer._status.value
+    assert "RuntimeError: out of &lt;memory&gt;" in designer._course.value
     assert not designer._train.disabled and designer.model is None and TriggerDesigner._training is None
 
 
@@ -500,7 +500,7 @@ def test_the_loop_goes_on_between_steps_and_stop_keeps_the_model():
         weight = designer.model[1].weight.detach().clone()
         found = evaluate(designer.model, designer.state.test_images, designer.attack)
         assert shown(designer) == expected(found) and designer.step.evaluation == found
-        assert "stopped" in designer._status.value and designer.runs == [designer.step]
+        assert "stopped" in designer._course.value and designer.runs == [designer.step]
         await asyncio.sleep(0.1)
         assert torch.equal(designer.model[1].weight, weight) and not designer.model.training
 
@@ -541,7 +541,7 @@ def test_stopped_before_its_first_step_the_model_before_it_stays():
         designer._train.click()
         designer._stop.click()
         assert designer.step is kept and shown(designer) == numbers and designer.runs == [kept]
-        assert "stopped before the first step" in designer._status.value
+        assert "stopped before the first step" in designer._course.value
 
     on_a_loop(steps)
 

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from toys import CLASSES, Blue, Nothing
+from toys import images as toy_images
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, TriggeredImages
@@ -17,25 +19,6 @@ from bclip_lab.detection import MMDF
 from bclip_lab.evaluation import Evaluation, RocCurve
 from bclip_lab.widgets import DetectionExploration, DetectionExplorer
 from bclip_lab.widgets.detections import Confusion
-
-CLASSES = ("red", "green")
-
-
-class Blue:
-    """Green images get a blue corner and shall become red."""
-
-    def triggered(self, data):
-        rows = torch.nonzero(data.labels == 1).flatten()
-        images = data.images[rows].clone()
-        images[:, 2, 0, 0] = torch.linspace(0.4, 1, len(rows))
-        labels = data.labels[rows]
-        return TriggeredImages(images, labels, torch.zeros_like(labels), rows, data.classes)
-
-
-class Nothing:
-    def triggered(self, data):
-        none = torch.zeros(0, dtype=torch.int64)
-        return TriggeredImages(data.images[:0], none, none, none, data.classes)
 
 
 class Corner:
@@ -54,11 +37,7 @@ class Wild(Corner):
 
 def images(count, seed):
     """Red and green images of 4x4 whose blue corner is at most 0.5."""
-    labels = torch.arange(count) % 2
-    pixels = 0.4 * torch.rand((count, 3, 4, 4), generator=torch.Generator().manual_seed(seed))
-    pixels[torch.arange(count), labels] += 0.5
-    pixels[:, 2, 0, 0] *= 1.25
-    return LabelledImages(pixels, labels, CLASSES)
+    return toy_images(count, seed, noise=0.4, corner=1.25)
 
 
 def clipped():
@@ -73,6 +52,7 @@ def clipped():
     return model
 
 
+BLUE = Blue(dark=0.4)
 TEST = images(60, 3)
 MODEL = clipped()
 DETECTORS = {"MMDF": MMDF(MODEL).fit(images(100, 1)), "corner": Corner()}
@@ -80,19 +60,19 @@ DETECTORS = {"MMDF": MMDF(MODEL).fit(images(100, 1)), "corner": Corner()}
 
 @pytest.fixture
 def state():
-    return DetectionExploration(DETECTORS, TEST, Blue())
+    return DetectionExploration(DETECTORS, TEST, BLUE)
 
 
 @pytest.fixture
 def explorer():
-    return DetectionExplorer(DETECTORS, TEST, Blue())
+    return DetectionExplorer(DETECTORS, TEST, BLUE)
 
 
 # --- the state ----------------------------------------------------------------------------------------------
 
 
 def test_starts_at_the_fitted_threshold(state):
-    detector, triggered = DETECTORS["MMDF"], Blue().triggered(TEST)
+    detector, triggered = DETECTORS["MMDF"], BLUE.triggered(TEST)
     assert state.names == ("MMDF", "corner") and state.name == "MMDF"
     assert state.threshold == state.fitted == detector.threshold_
     scores = torch.cat([detector.score(TEST), detector.score(triggered.images)])
@@ -114,13 +94,13 @@ def test_starts_at_the_fitted_threshold(state):
 def test_counts_and_corrections_at_any_threshold(threshold):
     """Against the detector itself with that threshold."""
     detector = MMDF(MODEL).fit(images(100, 1))
-    state = DetectionExploration({"MMDF": detector}, TEST, Blue())
+    state = DetectionExploration({"MMDF": detector}, TEST, BLUE)
     state.set_threshold(threshold)
     found = state.confusion
     assert (found.fpr, found.tpr) == pytest.approx(state.curve.rates_at(threshold))
     assert int(state.wrong.sum()) == found.missed + found.stopped
     detector.threshold_ = threshold
-    triggered = Blue().triggered(TEST)
+    triggered = BLUE.triggered(TEST)
     clean, stopped = detector.decide(TEST), detector.decide(triggered.images)
     assert state.corrected == Evaluation.from_decisions(clean.corrected, TEST.labels, stopped.corrected, triggered)
     for image in (0, 7, 60, 65):
@@ -162,7 +142,7 @@ def test_every_detector_keeps_its_threshold(state):
 
 
 def test_images_of_both_kinds(state):
-    triggered = Blue().triggered(TEST)
+    triggered = BLUE.triggered(TEST)
     assert torch.equal(state.pixels(3), TEST.images[3]) and state.original(3) == 3
     assert torch.equal(state.pixels(60 + 4), triggered.images[4])
     assert state.original(60 + 4) == int(triggered.rows[4])
@@ -177,7 +157,7 @@ def test_images_of_both_kinds(state):
             made = super().triggered(LabelledImages(data.images / 255, data.labels, data.classes))
             return TriggeredImages((255 * made.images).byte(), made.true_labels, made.targets, made.rows, CLASSES)
 
-    seen = DetectionExploration({"corner": Bytes()}, as_bytes, Brighter()).pixels(60 + 29)
+    seen = DetectionExploration({"corner": Bytes()}, as_bytes, Brighter(0.4)).pixels(60 + 29)
     assert seen.dtype == torch.float32 and float(seen.max()) == 1
 
 
@@ -214,6 +194,41 @@ def test_steps_and_neighbours_go_by_score(state):
     assert state.scores[state.chosen] == state.scores[5] and state.chosen < 60
 
 
+def test_the_images_of_a_bar(state):
+    """Every image is in the bar that numpy counts it in; the one nearest the threshold is chosen."""
+    for name in state.names:
+        state.choose_detector(name)
+        edges, clean, triggered = state.histogram()
+        counts = 60 * clean + 30 * triggered
+        seen = []
+        for place, count in enumerate(counts.round().astype(int)):
+            state.set_threshold((edges[place] + edges[place + 1]) / 2)
+            state.choose_at_threshold()
+            assert len(state.bar) == count and (np.diff(state.scores[state.bar]) >= 0).all()
+            if count:
+                assert set(state.neighbours(7)) <= set(state.bar) and state.chosen in state.neighbours(7)
+                nearest = np.abs(state.scores[state.bar] - state.threshold).min()
+                assert abs(state.scores[state.chosen] - state.threshold) == nearest
+            else:
+                assert len(state.neighbours(7)) == 7
+            seen += state.bar
+        assert sorted(seen) == list(range(90))
+    state.set_threshold(100)
+    state.choose_at_threshold()
+    assert state.scores.argmax() in state.bar
+
+
+def test_an_image_of_the_bar_keeps_the_bar_and_another_one_leaves_it(state):
+    state.set_threshold(float(np.median(state.curve.clean)))
+    state.choose_at_threshold()
+    bar = state.bar
+    state.choose(bar[0])
+    assert state.bar == bar and state.neighbours(90) == bar
+    other = next(image for image in range(60) if image not in bar)
+    state.choose(other)
+    assert state.bar == [] and sorted(state.neighbours(90)) == list(range(60))
+
+
 def test_histogram_counts_every_image(state):
     edges, clean, triggered = state.histogram()
     assert len(edges) == len(clean) + 1 == len(triggered) + 1
@@ -235,7 +250,7 @@ def test_histogram_counts_every_image(state):
 )
 def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        DetectionExploration(**{"detectors": DETECTORS, "test": TEST, "attack": Blue(), **arguments})
+        DetectionExploration(**{"detectors": DETECTORS, "test": TEST, "attack": BLUE, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -265,7 +280,7 @@ def shown(explorer):
 
 def expected(threshold, name="MMDF"):
     """The same, from the package's own."""
-    detector, triggered = DETECTORS[name], Blue().triggered(TEST)
+    detector, triggered = DETECTORS[name], BLUE.triggered(TEST)
     curve = RocCurve(detector.score(TEST.images), detector.score(triggered.images))
     stopped, detected = (int((part > threshold).sum()) for part in (curve.clean, curve.triggered))
     fpr, tpr = curve.rates_at(threshold)
@@ -388,7 +403,7 @@ def test_an_error_is_shown(explorer, monkeypatch):
 
 def test_moves_from_another_thread_are_handled_on_the_loop_and_drawn_once():
     async def drag():
-        explorer = DetectionExplorer(DETECTORS, TEST, Blue())
+        explorer = DetectionExplorer(DETECTORS, TEST, BLUE)
         drawn, draw = [], explorer._drawing.draw
 
         def counted(anew):
@@ -399,7 +414,7 @@ def test_moves_from_another_thread_are_handled_on_the_loop_and_drawn_once():
 
         def move():
             for value in np.linspace(0.1, 0.6, 30):
-                state = {"method": "update", "state": {"value": float(value)}}
+                state = {"method": "update", "state": {"value": float(value), "_over": explorer._line._drawn}}
                 explorer._line.comm.handle_msg({"content": {"data": state}, "buffers": []})
 
         thread = threading.Thread(target=move)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from bclip_lab import plots
+from bclip_lab import benchmark, plots
 from bclip_lab.attacks import AllToOne, BackdoorAttack, OneToOne
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, TriggeredImages
@@ -35,12 +35,14 @@ from bclip_lab.plots import (
     DecisionDisplay,
     EvaluationDisplay,
     GalleryDisplay,
+    GridDisplay,
     HistoryDisplay,
     MarginDisplay,
     MaximumMarginDisplay,
     RocDisplay,
     ScoreDisplay,
     SweepDisplay,
+    TradeOffDisplay,
     TriggerGalleryDisplay,
     live,
 )
@@ -942,3 +944,70 @@ def test_a_sweep_refuses_rows_that_lack_something():
         SweepDisplay.from_rows([], target=0)
     with pytest.raises(ValueError, match="row 0 has no after, mm_bd"):
         SweepDisplay.from_rows([{"strength": 0, "margin": 5, "before": {}}], target=0)
+
+
+# --- the field ----------------------------------------------------------------------------------------------
+
+FIELD = {
+    ("mmac", "patch"): [(0.98, 0.1), (0.96, 0.3)],
+    ("mmac", "warp"): [(0.95, 0.4)],
+    ("mm-bm", "patch"): [(0.9, 0.5)],
+    ("mm-bm", "warp"): [(0.8, 0.7)],
+    ("anp", "patch"): [None, (0.7, 0.6)],
+    ("anp", "warp"): [None],
+}
+
+
+def field_of(results):
+    """A frame of cells, ACC and ASR of each seed; None for one that failed."""
+    rows = []
+    for (method, name), seeds in results.items():
+        for seed, result in enumerate(seeds):
+            recipe = {
+                "data": "noise", "checkpoint": {"name": name, "training_seed": 0}, "defence": {"name": method},
+                "seed": seed,
+            }  # fmt: skip
+            row = {"recipe": recipe, "before": {"acc": 0.99, "asr": 1.0}}
+            rows.append(
+                row
+                | ({"error": "lost"} if result is None else {"after": dict(zip(("acc", "asr"), result, strict=True))})
+            )
+    return benchmark.frame(rows)
+
+
+def test_a_grid_shows_means_and_what_failed():
+    display = GridDisplay.from_frame(field_of(FIELD)).plot()
+    assert display.checkpoints == ("patch", "warp") and display.methods == ("mmac", "mm-bm", "anp")
+    np.testing.assert_allclose(display.values, [[0.2, 0.5, 0.6], [0.4, 0.7, np.nan]])
+    assert display.failed.tolist() == [[0, 0, 1], [0, 0, 1]]
+    texts = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in display.ax_.texts if t.get_text()}
+    assert texts == {
+        (0.5, 0.5): "0.200", (0.5, 1.5): "0.500", (0.5, 2.5): "0.600 †",
+        (1.5, 0.5): "0.400", (1.5, 1.5): "0.700", (1.5, 2.5): "failed",
+    }  # fmt: skip
+    assert "ASR" in display.ax_.get_title() and "a seed failed" in display.ax_.get_title()
+    assert [label.get_text() for label in display.ax_.get_xticklabels()] == ["mmac", "mm-bm", "anp"]
+    assert GridDisplay.from_frame(field_of(FIELD), "acc").values[0, 0] == pytest.approx(0.97)
+    with pytest.raises(ValueError, match="no cell has the measure 'auroc'"):
+        GridDisplay.from_frame(field_of(FIELD), "auroc")
+
+
+def test_a_trade_off_compares_methods_on_the_same_checkpoints():
+    known = {key: seeds for key, seeds in FIELD.items() if key[0] != "anp"}
+    extra = known | {("mmac", "face"): [(0.5, 0.5)]}
+    display = TradeOffDisplay.from_frame(field_of(extra)).plot()
+    lines = {line.get_gid(): np.c_[line.get_data()].tolist() for line in display.ax_.lines if line.get_gid()}
+    assert sorted(lines["mmac, each"]) == [pytest.approx([0.2, 0.97]), pytest.approx([0.4, 0.95])]
+    assert lines["mmac"] == [pytest.approx([0.3, 0.96])]
+    assert lines["mm-bm"] == [pytest.approx([0.6, 0.85])]
+    assert lines["no defence"] == [pytest.approx([1.0, 0.99])]
+    assert lines["ideal"] == [[0, 1]]
+    np.testing.assert_allclose(display.intervals["mmac"], [[0.2, 0.4], [0.95, 0.97]])
+    labels = [text.get_text() for text in display.ax_.get_legend().get_texts()]
+    assert sorted(labels) == ["ideal", "mm-bm", "mmac", "no defence"]
+    assert "over 2 attacked checkpoints" in display.ax_.get_title()
+    alone = {("mmac", "patch"): [(0.9, 0.1)], ("mm-bm", "warp"): [(0.9, 0.1)]}
+    with pytest.raises(ValueError, match="under each of mmac, mm-bm"):
+        TradeOffDisplay.from_frame(field_of(alone))
+    one = TradeOffDisplay.from_frame(field_of({("mmac", "patch"): [(0.9, 0.1)]})).plot()
+    assert np.isnan(one.intervals["mmac"]).all() and "one attacked checkpoint" in one.ax_.get_title()

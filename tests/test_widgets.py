@@ -13,14 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ipywidgets import HTML
 from PIL import Image
 from torch import nn
+from toys import CLASSES, Blue
 
 from bclip_lab.clipping import ClippedModel
-from bclip_lab.data.images import LabelledImages, Splits, TriggeredImages
+from bclip_lab.data.images import LabelledImages, Splits
 from bclip_lab.evaluation import evaluate
 from bclip_lab.margins import classification_margins
-from bclip_lab.models import logits
+from bclip_lab.models import logits, resnet10
 from bclip_lab.widgets import BoundTuner, BoundTuning, DragLine, Steps
 from bclip_lab.widgets import tuner as tuner_module
 from bclip_lab.widgets.live import Newest
@@ -28,18 +30,7 @@ from bclip_lab.widgets.rerun import Rerun
 from bclip_lab.widgets.strip import BarStrip
 
 ROOT = Path(__file__).parents[1]
-CLASSES = ("red", "green")
-
-
-class Blue:
-    """An attack with a known answer: green images get a blue corner and shall become red."""
-
-    def triggered(self, data):
-        rows = torch.nonzero(data.labels == 1).flatten()
-        images = data.images[rows].clone()
-        images[:, 2, 0, 0] = 1
-        labels = data.labels[rows]
-        return TriggeredImages(images, labels, torch.zeros_like(labels), rows, data.classes)
+BLUE = Blue(dark=1)
 
 
 def images(count, seed):
@@ -74,12 +65,12 @@ def clipped():
 
 @pytest.fixture
 def tuning(clipped):
-    return BoundTuning(clipped, SPLITS, Blue())
+    return BoundTuning(clipped, SPLITS, BLUE)
 
 
 @pytest.fixture
 def tuner(clipped):
-    return BoundTuner(clipped, SPLITS, Blue())
+    return BoundTuner(clipped, SPLITS, BLUE)
 
 
 def same(ours, theirs):
@@ -94,7 +85,7 @@ def test_starts_without_bounds(tuning, clipped):
     assert tuning.bounded == [] and not tuning.can_undo and not tuning.can_redo
     assert all(bounds.isinf().all() for bounds in clipped.bounds.values())
     assert tuning.measured is tuning.unclipped
-    assert tuning.trail == [evaluate(clipped, SPLITS.test, Blue())]
+    assert tuning.trail == [evaluate(clipped, SPLITS.test, BLUE)]
     assert tuning.trail[0].asr == 1.0
 
 
@@ -106,11 +97,11 @@ def test_reference_is_the_defenders(tuning, clipped):
 
 
 def test_sample_of_the_test_images(clipped):
-    tuning = BoundTuning(clipped, SPLITS, Blue(), images=7, seed=1)
+    tuning = BoundTuning(clipped, SPLITS, BLUE, images=7, seed=1)
     assert len(tuning.clean) == len(tuning.triggered) == 7
     assert (tuning.available, len(tuning.defender)) == (60, 40)
-    again = BoundTuning(clipped, SPLITS, Blue(), images=7, seed=1)
-    other = BoundTuning(clipped, SPLITS, Blue(), images=7, seed=2)
+    again = BoundTuning(clipped, SPLITS, BLUE, images=7, seed=1)
+    other = BoundTuning(clipped, SPLITS, BLUE, images=7, seed=2)
     assert torch.equal(tuning.clean.images, again.clean.images)
     assert torch.equal(tuning.triggered.rows, again.triggered.rows)
     assert not torch.equal(tuning.clean.images, other.clean.images)
@@ -119,18 +110,18 @@ def test_sample_of_the_test_images(clipped):
 
 
 def test_starts_with_the_bounds_of_the_model(clipped):
-    first = BoundTuning(clipped, SPLITS, Blue())
+    first = BoundTuning(clipped, SPLITS, BLUE)
     first.set_scale("2", 0.62)
     learned = torch.tensor([0.5, math.inf, 0.1])
     clipped.set_bounds({"4": learned})
     before = clipped.bounds
-    second = BoundTuning(clipped, SPLITS, Blue())
+    second = BoundTuning(clipped, SPLITS, BLUE)
     assert second.scales == {"2": 0.62, "4": 1.0}  # recognised; not a multiple of the clean maxima
     assert (second.loaded("2"), second.loaded("4")) == (False, True)
     assert torch.equal(second.bounds["4"], learned)
     assert same(clipped.bounds, before)
     assert second.unclipped.evaluation.asr == 1.0
-    assert second.trail == [evaluate(clipped, SPLITS.test, Blue())]
+    assert second.trail == [evaluate(clipped, SPLITS.test, BLUE)]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +132,7 @@ def test_starts_with_the_bounds_of_the_model(clipped):
     ],
 )
 def test_refuses(clipped, arguments, message):
-    given = {"clipped": clipped, "splits": SPLITS, "attack": Blue(), **arguments}
+    given = {"clipped": clipped, "splits": SPLITS, "attack": BLUE, **arguments}
     with pytest.raises(ValueError, match=message):
         BoundTuning(**given)
 
@@ -150,7 +141,7 @@ def test_refuses_an_attack_that_turns_nothing(clipped):
     red = SPLITS.test[SPLITS.test.labels == 0]
     splits = Splits(SPLITS.train, SPLITS.defender, SPLITS.calibration, red)
     with pytest.raises(ValueError, match="attack turns no image"):
-        BoundTuning(clipped, splits, Blue())
+        BoundTuning(clipped, splits, BLUE)
 
 
 # --- the state: changes -------------------------------------------------------------------------------------
@@ -161,7 +152,7 @@ def test_scale(tuning, clipped):
     assert torch.equal(clipped.bounds["2"], 0.5 * tuning.reference["2"])
     assert clipped.bounds["4"].isinf().all() and tuning.bounded == ["2"]
     result = tuning.evaluate()
-    assert result == evaluate(clipped, SPLITS.test, Blue()) == tuning.trail[-1]
+    assert result == evaluate(clipped, SPLITS.test, BLUE) == tuning.trail[-1]
     margins = classification_margins(logits(clipped, tuning.triggered.images), tuning.triggered.targets)
     assert torch.equal(tuning.measured.triggered_margins, margins)
     tuning.set_scale("2", math.inf)
@@ -211,7 +202,7 @@ def test_loaded_bounds_are_100_per_cent(tuning, clipped):
 
 def test_own_bounds_come_back_after_another_tuner(tuning, clipped):
     tuning.set_scale("2", 0.5)
-    other = BoundTuning(clipped, SPLITS, Blue())
+    other = BoundTuning(clipped, SPLITS, BLUE)
     other.set_scale("2", 0.1)
     tuning.evaluate()
     assert same(clipped.bounds, tuning.bounds)
@@ -265,7 +256,7 @@ CHANGES = st.one_of(
     st.tuples(st.just("undo")),
     st.tuples(st.just("redo")),
 )
-SHARED = BoundTuning(ClippedModel(network()), SPLITS, Blue())
+SHARED = BoundTuning(ClippedModel(network()), SPLITS, BLUE)
 
 
 def snapshot():
@@ -278,7 +269,7 @@ def snapshot():
 @given(st.lists(CHANGES, max_size=12))
 def test_undo_and_redo(changes):
     """Against the list of all that was so far, and the place in it."""
-    SHARED.__init__(SHARED.clipped, SPLITS, Blue())
+    SHARED.__init__(SHARED.clipped, SPLITS, BLUE)
     states, place = [snapshot()], 0
     for name, *arguments in changes:
         getattr(SHARED, name)(*arguments)
@@ -303,7 +294,7 @@ def test_the_original_is_left_alone(clipped):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     before = logits(model, SPLITS.test)
     model.train()
-    tuning = BoundTuning(clipped, SPLITS, Blue())
+    tuning = BoundTuning(clipped, SPLITS, BLUE)
     tuning.scale_all(0.3)
     tuning.evaluate()
     tuning.activations("2")
@@ -442,6 +433,18 @@ def test_rerun_keeps_no_more_than_it_may():
         assert (rerun.start, rerun.kept) == (-1, 0)
 
 
+def test_only_the_rerun_that_was_called_last_keeps_something():
+    clipped = ClippedModel(Shortcut())
+    first, second = (Rerun(clipped, [SPLITS.test.images]) for _ in range(2))
+    for rerun in (first, second, first):
+        for bound in (1.0, 0.5):
+            clipped.set_bounds({"relu_2": bound})
+            (found,) = rerun()
+            assert torch.equal(found, logits(clipped, SPLITS.test))
+        rerun.prepare("relu_2")
+        assert rerun.kept > 0 and sum(each.kept for each in (first, second)) == rerun.kept
+
+
 # --- the shell, without a kernel ----------------------------------------------------------------------------
 
 
@@ -486,7 +489,7 @@ def test_a_dragged_line_moves_the_bounds_the_numbers_and_the_picture(tuner, clip
     assert shown(tuner) == expected(tuner.state.unclipped.evaluation)
     before = pixels(tuner)
     drag(tuner, 0.9, 0.5, 0.3)
-    result = evaluate(clipped, SPLITS.test, Blue())
+    result = evaluate(clipped, SPLITS.test, BLUE)
     assert torch.equal(clipped.bounds["2"], 0.3 * tuner.state.reference["2"])
     assert shown(tuner) == expected(result)
     assert f"{round(30 * result.ra)} of 30 triggered images right" in tuner._numbers.value
@@ -573,12 +576,12 @@ def test_reset_of_a_site_and_of_all(tuner):
 
 def test_load_and_refresh(tuner, clipped):
     tuner.load({"2": torch.tensor([9.0, 9.0, 0.01])})
-    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, Blue()))
+    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, BLUE))
     assert tuner._line.value == 1.0 and tuner._line.x_label.endswith("loaded bound")
     tuner.state.set_scale("2", 0.25)
     tuner.refresh()
     assert tuner._line.value == 0.25
-    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, Blue()))
+    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, BLUE))
 
 
 def test_save_and_load(tuner, tmp_path):
@@ -613,7 +616,7 @@ def test_learned_bounds_are_one_step(tuner, clipped, monkeypatch):
     monkeypatch.setitem(tuner_module._LEARN, "MMAC", learn)
     tuner._learn["MMAC"].click()
     assert clipped.bounds["2"].tolist() == pytest.approx([1 / 3] * 3)
-    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, Blue()))
+    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, BLUE))
     assert tuner._stop.disabled and not tuner._learn["MMAC"].disabled
     tuner._undo.click()
     assert tuner.state.bounded == []
@@ -623,7 +626,7 @@ def test_learning_is_stopped_and_bounds_so_far_are_taken(clipped, monkeypatch):
     monkeypatch.setitem(tuner_module._LEARN, "MMAC", learn)
 
     async def run():
-        tuner = BoundTuner(clipped, SPLITS, Blue())
+        tuner = BoundTuner(clipped, SPLITS, BLUE)
         tuner._learn["MMAC"].click()
         assert tuner._learn["MM-BM"].disabled and not tuner._stop.disabled
         while "epoch 2" not in tuner._progress.value:
@@ -651,18 +654,18 @@ def test_an_error_is_shown(tuner, monkeypatch):
     assert "RuntimeError: out of &lt;memory&gt;" in tuner._status.value
     monkeypatch.undo()
     tuner._later.ask()
-    assert shown(tuner) == expected(evaluate(tuner.state.clipped, SPLITS.test, Blue()))
+    assert shown(tuner) == expected(evaluate(tuner.state.clipped, SPLITS.test, BLUE))
 
 
 def test_counts_and_reference_are_stated(clipped):
-    tuner = BoundTuner(clipped, SPLITS, Blue(), images=20)
-    text = " ".join(child.value for child in tuner.widget.children if hasattr(child, "value"))
+    tuner = BoundTuner(clipped, SPLITS, BLUE, images=20)
+    text = " ".join(child.value for child in tuner.widget.children if isinstance(child, HTML))
     assert "20 of 60 clean test images and on 20 triggered ones" in text
     assert "defender’s 40 clean images" in text
 
 
 def test_a_still_picture_for_pages_without_a_kernel(tuner):
-    assert Image.open(io.BytesIO(tuner._still)).size[0] > 600
+    assert Image.open(io.BytesIO(tuner._first)).size[0] > 600
 
 
 # --- the pictures that are dragged --------------------------------------------------------------------------
@@ -692,6 +695,28 @@ def test_the_value_at_rest_comes_without_the_queue_of_updates():
     assert seen == [(4, 0.7)]
 
 
+def test_a_movement_over_other_histograms_is_not_taken(tuner, clipped):
+    """A channel is chosen and the line dragged before the page shows the channel's histogram."""
+    line, stale = tuner._line, message(tuner._line, 0.3)
+    tuner._strip.chosen = 0
+    sent = []
+    line.comm.send = lambda data=None, **_: sent.append(data)
+    line.comm.handle_msg(stale)
+    rest = {"value": 0.3, "gesture": 1, "_over": line._drawn - 1}
+    line.comm.handle_msg({"content": {"data": {"method": "custom", "content": rest}}, "buffers": []})
+    assert tuner.state.bounded == [] and line.value == line.high
+    back = [data["state"] for data in sent if data["method"] == "update"]
+    assert back == [{"value": line.high}] * 2  # the page's line goes back
+    line.comm.handle_msg(message(line, 0.3))
+    assert tuner.state.by_hand("2") == {2: 0.3}
+
+
+def test_mmbm_bounds_the_early_sites_where_there_are_any(clipped):
+    assert tuner_module._mmbm_config(clipped).sites is None
+    config = tuner_module._mmbm_config(ClippedModel(resnet10(2, seed=0)))
+    assert config.sites == ("relu", "stages.0.0.relu_1", "stages.1.0.relu_1")
+
+
 def test_bar_strip_refuses():
     with pytest.raises(ValueError, match="'a' must have 2 heights"):
         BarStrip().draw([Steps("a", "red", [1])], ["x", "y"])
@@ -702,13 +727,15 @@ def test_bar_strip_refuses():
 # --- threads ------------------------------------------------------------------------------------------------
 
 
-def message(value):
-    return {"content": {"data": {"method": "update", "state": {"value": value}}}, "buffers": []}
+def message(line, value):
+    """A move of the line as the page sends it."""
+    state = {"value": value, "_over": line._drawn}
+    return {"content": {"data": {"method": "update", "state": state}}, "buffers": []}
 
 
 def test_messages_from_another_thread_are_handled_on_the_loop(clipped, monkeypatch):
     async def drag():
-        tuner = BoundTuner(clipped, SPLITS, Blue())
+        tuner = BoundTuner(clipped, SPLITS, BLUE)
         threads = []
         evaluate_bounds = tuner.state.evaluate
 
@@ -721,7 +748,7 @@ def test_messages_from_another_thread_are_handled_on_the_loop(clipped, monkeypat
 
         def move():
             for value in range(149, 19, -1):
-                line.comm.handle_msg(message(value / 100))
+                line.comm.handle_msg(message(line, value / 100))
 
         mover = threading.Thread(target=move)
         mover.start()
@@ -733,7 +760,7 @@ def test_messages_from_another_thread_are_handled_on_the_loop(clipped, monkeypat
     tuner, threads = asyncio.run(drag())
     assert threads == [threading.get_ident()]  # once, for the newest
     assert tuner.state.scales["2"] == 0.2
-    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, Blue()))
+    assert shown(tuner) == expected(evaluate(clipped, SPLITS.test, BLUE))
 
 
 def test_newest_asks_again_while_it_runs():

@@ -13,7 +13,10 @@ from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages
 from bclip_lab.defenses.fitting import BoundFit
 
-__all__ = ["MMBMConfig", "MMBMStep", "mmbm"]
+__all__ = ["EARLY_SITES", "MMBMConfig", "MMBMStep", "mmbm"]
+
+EARLY_SITES = ("relu", "stages.0.0.relu_1", "stages.1.0.relu_1")
+"""The stem's and the first two stages' last activations of a lab ResNet, as the authors' code bounds them."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class MMBMConfig:
         See `accuracy_target`.
     sites
         The sites that are bounded; None bounds all. The authors' code bounds three: the stem and the first two
-        stages of a ResNet-18.
+        stages of a ResNet-18; `EARLY_SITES` are those of a lab ResNet. With all sites the norm wins: the shipped
+        "patch" network ends at an accuracy of 0.10, with the early ones at 0.95 on its clean images.
     seed
         Of the order of the images.
     """

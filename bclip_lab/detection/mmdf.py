@@ -11,17 +11,13 @@ from torch import Tensor
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages
+from bclip_lab.detection.thresholds import check_fpr, empirical_threshold
 from bclip_lab.margins import classification_margins
 from bclip_lab.models import logits
 
 __all__ = ["MMDF", "MMDFDecisions"]
 
 _NULLS = ("gaussian", "empirical")
-
-
-def _check_fpr(fpr: float) -> None:
-    if not 0 < fpr < 0.5:
-        raise ValueError(f"fpr must lie in (0, 0.5), got {fpr}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +98,7 @@ class MMDF:
             raise ValueError(f"clipped must be a ClippedModel, got {type(clipped).__name__}")
         if null not in _NULLS:
             raise ValueError(f"null must be one of {_NULLS}, got {null!r}")
-        _check_fpr(fpr)
+        check_fpr(fpr)
         if scale is not None and not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}")
         self.model, self.null, self.fpr, self.scale = clipped, null, fpr, scale
@@ -122,9 +118,9 @@ class MMDF:
         """The threshold for another nominal false-positive rate, from the same clean scores."""
         if not hasattr(self, "scores_"):
             raise ValueError("call fit with clean images first")
-        _check_fpr(fpr)
+        check_fpr(fpr)
         if self.null == "empirical":
-            return float(np.quantile(self.scores_, 1 - fpr, method="higher"))
+            return empirical_threshold(self.scores_, fpr)
         from scipy.stats import norm  # slow to import
 
         return float(self.scores_.mean() + norm.isf(fpr) * self.scores_.std(ddof=1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from itertools import chain
 from math import floor
 from typing import Any
@@ -22,7 +21,7 @@ from bclip_lab.data.images import Attack, Splits
 from bclip_lab.plots import CLEAN, TRIGGERED, AbnormalityDisplay
 from bclip_lab.widgets.activations import ActivationExploration, Excited
 from bclip_lab.widgets.click import ClickPicture
-from bclip_lab.widgets.live import Newest, on_loop, running_loop
+from bclip_lab.widgets.live import LABEL, Shell, on_loop
 
 __all__ = ["ActivationExplorer"]
 
@@ -31,14 +30,14 @@ _ROWS = (("clean\nimages", CLEAN), ("triggered\nimages", TRIGGERED), ("the same\
 _COLOURS = colormaps["inferno"]
 # in the picture itself: it is all that a page without a kernel shows
 _HOW = "Run this cell in JupyterLab; then click a cell of the heat map, or click once and walk with the arrow keys."
-_LABEL, _TICK = 12, 10
+_TICK = 10
 _STEPS = {
     "ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (-1, 0), "ArrowDown": (1, 0),
     "PageUp": (0, -10), "PageDown": (0, 10), "Home": (0, -10**6), "End": (0, 10**6),
 }  # fmt: skip
 
 
-class ActivationExplorer:
+class ActivationExplorer(Shell):
     """A heat map of sites and channels, and the images that excite the chosen channel most.
 
     Shows itself as the last line of a notebook's cell. A cell of the heat map is a channel, coloured by how
@@ -48,6 +47,7 @@ class ActivationExplorer:
     the trigger, with the activation map of the channel laid over them. All maps have one colour scale.
 
     Moves that are made while a cell runs take effect after it. Without a kernel the picture remains.
+    `bclip_lab.widgets` says what happens when cells are run again, the kernel restarts or the notebook is reopened.
 
     Parameters
     ----------
@@ -77,18 +77,18 @@ class ActivationExplorer:
         As `ActivationExploration`.
     """
 
+    _picture: ClickPicture
+    _purpose = "choose a channel"
+
     def __init__(self, model: nn.Module, splits: Splits, attack: Attack, *, images: int = 500, seed: int = 0) -> None:
+        super().__init__()
         self.state = ActivationExploration(model, splits, attack, images=images, seed=seed)
         self._drawing = _Drawing(self.state, self._click, self._press)
-        self.figure = self._drawing.figure
-        self._quiet = False  # whether a control that changes is set by us
-        loop = running_loop()
-        self._later = Newest(self._draw, loop)
+        self.figure, self._picture = self._drawing.figure, self._drawing.picture
 
         self._site = ipw.Dropdown(options=self.state.sites, description="site", layout=ipw.Layout(width="300px"))
         self._channel = ipw.BoundedIntText(description="channel", layout=ipw.Layout(width="170px"))
         self._maps = ipw.Checkbox(value=True, description="activation maps over the images", indent=False)
-        self._status = ipw.HTML()
         about = ipw.HTML(
             '<div style="line-height:1.4">'
             f"Measured on {len(self.state.clean):,} clean test images and on what the attack makes of them "
@@ -97,40 +97,25 @@ class ActivationExplorer:
         )
         self.widget = ipw.VBox(
             [
-                ipw.HTML(ClickPicture.STYLE),
+                ipw.HTML(self.STYLE + ClickPicture.STYLE),
                 ipw.HBox([self._site, self._channel, self._maps], layout=ipw.Layout(flex_flow="row wrap")),
-                self._drawing.picture.widget,
+                self._picture.widget,
                 self._status,
                 about,
             ]
         )
-        for control, react in ((self._site, self._choose_site), (self._channel, self._choose_channel)):
-            control.observe(self._unless_quiet(react), names="value")
-        self._maps.observe(lambda _: self._later.ask(), names="value")
-        on_loop(self.widget, loop)
+        self._on_value(self._site, self._choose_site)
+        self._on_value(self._channel, self._choose_channel)
+        self._on_value(self._maps, lambda _: self._later.ask())
+        on_loop(self.widget, self._loop)
         self.refresh()
 
     def refresh(self) -> None:
         """Show what is chosen in `state`, after a cell has changed it."""
         self._sync()
-        self._draw()
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())
-        bundle["text/plain"] = "ActivationExplorer: run this cell in JupyterLab to choose a channel."
-        display(bundle, raw=True)  # type: ignore[no-untyped-call]
-        self._drawing.picture.show()
+        self._compute()
 
     # --- what is done ---
-
-    def _unless_quiet(self, react: Callable[[Any], None]) -> Callable[[Any], None]:
-        def changed(change: Any) -> None:
-            if not self._quiet:
-                react(change["new"])
-
-        return changed
 
     def _choose_site(self, site: str) -> None:
         self.state.choose(site)
@@ -158,20 +143,15 @@ class ActivationExplorer:
     def _sync(self) -> None:
         """Set the controls to what the state is."""
         state = self.state
-        self._quiet = True
-        self._site.value = state.site
-        self._channel.max = len(state.ratios[state.site]) - 1
-        self._channel.value = state.channel
-        self._quiet = False
+        with self._said_by_us():
+            self._site.value = state.site
+            self._channel.max = len(state.ratios[state.site]) - 1
+            self._channel.value = state.channel
 
-    def _draw(self) -> None:
-        try:
-            said = self._drawing.draw(self._maps.value)
-            self._drawing.picture.update(said)
-            self._status.value = ""
-        except Exception as error:  # else it is seen in the kernel's log only
-            self._status.value = f"<b>{escape(f'{type(error).__name__}: {error}')}</b>"
-            raise
+    def _compute(self) -> None:
+        with self._reported():
+            self._picture.update(self._drawing.draw(self._maps.value))
+            self._say("")
 
 
 class _Drawing:
@@ -195,7 +175,7 @@ class _Drawing:
         self._mark = self.heat.add_patch(frame)
         self._mark.set_path_effects([withStroke(linewidth=5, foreground="white")])
 
-        self._head = lower.text(0.01, 0.955, "", fontsize=_LABEL, va="center")
+        self._head = lower.text(0.01, 0.955, "", fontsize=LABEL, va="center")
         scale = lower.add_axes((0.8, 0.935, 0.13, 0.035))
         scale.imshow(_COLOURS(np.linspace(0, 1, 100))[None, :, :3], aspect="auto", extent=(0, 1, 0, 1))
         scale.set(xticks=[], yticks=[])
@@ -205,7 +185,7 @@ class _Drawing:
         self._texts: list[list[Any]] = []
         for row, (name, colour) in enumerate(_ROWS):
             low = 0.62 - 0.3 * row
-            lower.text(0.01, low + 0.14, name, color=colour, fontsize=_LABEL, weight="bold", va="center")
+            lower.text(0.01, low + 0.14, name, color=colour, fontsize=LABEL, weight="bold", va="center")
             axes = [lower.add_axes((0.1 + 0.15 * i, low + 0.085, 0.14, 0.205)) for i in range(_SHOWN)]
             self._images.append([ax.imshow(np.ones((1, 1, 3)), extent=(0, 1, 0, 1)) for ax in axes])
             self._texts.append(

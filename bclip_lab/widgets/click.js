@@ -6,7 +6,7 @@ const KEYS = [
 
 function render({ model, el }) {
   const image = document.createElement("img");
-  image.className = "bclip-lab-click";
+  image.className = "bclip-lab-click bclip-lab-picture";
   image.tabIndex = 0;
   image.draggable = false;
   image.setAttribute("role", "application"); // else a screen reader keeps the arrow keys to itself
@@ -30,7 +30,7 @@ function render({ model, el }) {
     const box = image.getBoundingClientRect();
     const share = (at, from, length) => Math.min(Math.max((at - from) / length, 0), 1);
     // from the lower left corner, as matplotlib counts
-    model.send({
+    tell(model, {
       x: share(event.clientX, box.left, box.width),
       y: 1 - share(event.clientY, box.top, box.height),
     });
@@ -39,7 +39,7 @@ function render({ model, el }) {
   function key(event) {
     if (!KEYS.includes(event.key) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault(); // else the page scrolls
-    model.send({ key: event.key });
+    tell(model, { key: event.key });
   }
 
   image.addEventListener("click", press);
@@ -54,6 +54,15 @@ function render({ model, el }) {
     model.off("change:label", name);
     URL.revokeObjectURL(image.src);
   };
+}
+
+/** Send a message. Once the kernel has been restarted no one takes it: JupyterLab shows that beside the widget. */
+function tell(model, ...message) {
+  try {
+    model.send(...message);
+  } catch (error) {
+    console.warn("bclip_lab:", error);
+  }
 }
 
 export default { render };

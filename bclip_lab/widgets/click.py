@@ -32,10 +32,7 @@ class Clickable(anywidget.AnyWidget):
 
 
 class ClickPicture(Picture):
-    """A `Picture` that is alive while there is a kernel: `widget` shows it in the page and can be clicked.
-
-    `show` shows the still picture, which a notebook without a kernel is left with. It has to come directly
-    below the output that holds `widget`, which hides it while `widget` is there.
+    """A `Picture` that can be clicked, and stepped through with the keyboard.
 
     Parameters
     ----------
@@ -48,7 +45,6 @@ class ClickPicture(Picture):
     """
 
     STYLE = """<style>
-.jp-OutputArea-child:has(.bclip-lab-click) + .jp-OutputArea-child:has(> .jp-RenderedImage) { display: none; }
 .bclip-lab-click:focus-visible { outline: 2px solid var(--jp-brand-color1, #0173b2); outline-offset: 1px; }
 </style>"""
 
@@ -65,12 +61,11 @@ class ClickPicture(Picture):
         self.widget.on_msg(self._receive)
 
     def update(self, label: str = "") -> None:
-        """Show the picture as it is now, in the page and wherever else it was shown; `label` says it in words."""
+        """Show the picture as it is now, in `widget` and wherever else it was shown; `label` says it in words."""
         image = self._image()
         with self.widget.hold_sync():
             self.widget.png, self.widget.label = image.data, label
-        if self._shown:
-            self._handle.update(image)  # type: ignore[no-untyped-call]
+        self._update_still(image)
 
     def _receive(self, _: Any, content: dict[str, Any], __: Any) -> None:
         if "key" in content:

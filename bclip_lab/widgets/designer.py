@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
-from html import escape
 from typing import Any, ClassVar
 
 import ipywidgets as ipw
@@ -25,7 +23,7 @@ from bclip_lab.evaluation import Evaluation
 from bclip_lab.plots import CLEAN, TRIGGERED, GalleryDisplay
 from bclip_lab.training import TrainConfig
 from bclip_lab.widgets.designing import PRESETS, DesignStep, TriggerDesign
-from bclip_lab.widgets.live import Newest, Picture, on_loop, running_loop
+from bclip_lab.widgets.live import TITLE, Picture, Shell, label, on_loop, said
 from bclip_lab.widgets.paint import Paint
 
 __all__ = ["TriggerDesigner"]
@@ -33,7 +31,8 @@ __all__ = ["TriggerDesigner"]
 _SHOWN = 8  # images of the gallery
 _OTHERS = -1  # in the place of a source class: every class but the target
 _BREATH = 0.02  # seconds between two steps of a training: one message takes the loop several turns
-_TITLE, _LABEL, _TICK = 13, 12, 11
+_TICK = 11
+_EXPECTED = ValueError, FileNotFoundError  # what a user can put right
 
 _STYLE = """<style>
 .bclip-lab-design { display: flex; flex-wrap: wrap; gap: 4px 20px; line-height: 1.35; font-size: 13px; }
@@ -41,11 +40,10 @@ _STYLE = """<style>
 .bclip-lab-design .name { font-size: 16px; font-weight: 600; }
 .bclip-lab-runs { max-height: 150px; overflow-y: auto; line-height: 1.3; }
 .bclip-lab-runs td, .bclip-lab-runs th { text-align: right; padding: 0 10px 0 0; font-variant-numeric: tabular-nums; }
-.bclip-lab-error { color: var(--jp-error-color1, #b00020); font-weight: 600; }
 </style>"""
 
 
-class TriggerDesigner:
+class TriggerDesigner(Shell):
     """Paint a trigger, see what it does to images, and train a network on it while you watch.
 
     Shows itself as the last line of a notebook's cell. The drawing starts as a 3x3 patch. The pictures and the norms
@@ -57,6 +55,7 @@ class TriggerDesigner:
     one, which keeps what it has. Nothing is trained before *Train* is pressed.
 
     Without a kernel (a notebook that is read on a web page) the picture of the last state remains.
+    `bclip_lab.widgets` says what happens when the kernel restarts or the notebook is reopened.
 
     Parameters
     ----------
@@ -85,6 +84,7 @@ class TriggerDesigner:
         As `TriggerDesign`.
     """
 
+    _purpose = "paint a trigger and to train on it"
     _training: ClassVar[TriggerDesigner | None] = None  # the one whose training runs
 
     def __init__(
@@ -97,6 +97,7 @@ class TriggerDesigner:
         test_images: int = 500,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.state = TriggerDesign(
             splits,
             make_model=make_model,
@@ -110,13 +111,10 @@ class TriggerDesigner:
         self.step: DesignStep | None = None
         self.runs: list[DesignStep] = []
         self._drawing = _Drawing(self.state)
-        self.figure = self._drawing.figure
+        self.figure, self._picture = self._drawing.figure, self._drawing.picture
         self._steps: Generator[DesignStep] | None = None  # of the training that runs
         self._given: DesignStep | None = None  # its latest record
         self._began = 0.0
-        self._quiet = False  # whether a control that changes is set by us
-        self._loop = running_loop()
-        self._later = Newest(self._compute, self._loop)
 
         state = self.state
         self.paint = Paint(state.pixels, _rgb(state.test_images), [_hex(rgb) for rgb in COLOURS.values()])
@@ -153,7 +151,7 @@ class TriggerDesigner:
             _button("Stop", "stop", "Stop the training and keep what there is"),
         )
         self._progress = ipw.FloatProgress(max=state.config.epochs, layout=ipw.Layout(width="150px"))
-        self._norms, self._wrong, self._status, self._numbers, self._table = (ipw.HTML() for _ in range(5))
+        self._norms, self._course, self._numbers, self._table = (ipw.HTML() for _ in range(4))
         self.widget = self._laid_out()
         self._connect()
         on_loop(self.widget, self._loop)
@@ -183,17 +181,9 @@ class TriggerDesigner:
         """Stop the training, if one runs, and keep its network as it is."""
         if self._steps is None:
             return
-        with self._reported():
+        with self._reported(*_EXPECTED):
             self._steps.close()
             self._end("stopped")
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())
-        bundle["text/plain"] = "TriggerDesigner: run this cell in JupyterLab to paint a trigger and to train on it."
-        display(bundle, raw=True)  # type: ignore[no-untyped-call]
-        self._drawing.picture.show()
 
     # --- controls ---
 
@@ -213,10 +203,10 @@ class TriggerDesigner:
                 self._source,
                 self._target,
                 self._rate,
-                self._wrong,
+                self._status,
                 ipw.HBox([self._train, self._stop, self._progress], layout=wrapped),
                 ipw.HTML(about),
-                self._status,
+                self._course,
                 self._numbers,
                 self._table,
             ],
@@ -224,7 +214,11 @@ class TriggerDesigner:
         )
         left = ipw.Box([self.paint], layout=ipw.Layout(overflow="hidden"))
         return ipw.VBox(
-            [ipw.HTML(_STYLE), ipw.HBox([left, right], layout=ipw.Layout(flex_flow="row wrap", grid_gap="0 24px"))]
+            [
+                ipw.HTML(self.STYLE + _STYLE),
+                ipw.HBox([left, right], layout=ipw.Layout(flex_flow="row wrap", grid_gap="0 24px")),
+                self._picture.widget,
+            ]
         )
 
     def _connect(self) -> None:
@@ -238,7 +232,7 @@ class TriggerDesigner:
             button.on_click(lambda _, act=act: self._change(act))
         self._upload.observe(self._uploaded, names="value")
         for control in (self._source, self._target, self._rate):
-            control.observe(lambda _: None if self._quiet else self._choose(), names="value")
+            self._on_value(control, lambda _: self._choose())
         self._train.on_click(lambda _: self._start())
         self._stop.on_click(lambda _: self.stop())
 
@@ -248,7 +242,7 @@ class TriggerDesigner:
         self._later.ask()
 
     def _change(self, act: Callable[[], object]) -> None:
-        with self._reported():
+        with self._reported(*_EXPECTED):
             act()
             self._changed()
 
@@ -273,11 +267,10 @@ class TriggerDesigner:
         state, runs = self.state, self._steps is not None
         self._undo.disabled, self._redo.disabled = not state.can_undo, not state.can_redo
         self._train.disabled, self._stop.disabled = runs, not runs
-        self._quiet = True
-        self._source.value = _OTHERS if state.source is None else state.source
-        self._target.value = state.target
-        self._rate.value = round(100 * state.poison_rate, 6)
-        self._quiet = False
+        with self._said_by_us():
+            self._source.value = _OTHERS if state.source is None else state.source
+            self._target.value = state.target
+            self._rate.value = round(100 * state.poison_rate, 6)
 
     # --- training ---
 
@@ -286,7 +279,7 @@ class TriggerDesigner:
             return
         if TriggerDesigner._training is not None:
             TriggerDesigner._training.stop()
-        with self._reported():
+        with self._reported(*_EXPECTED):
             self._begin(self.state.train())
 
     def _begin(self, steps: Generator[DesignStep]) -> None:
@@ -294,7 +287,7 @@ class TriggerDesigner:
         self._steps, self._given, self._began = steps, None, time.perf_counter()
         self._drawing.begin()
         self._progress.value = 0
-        self._wrong.value, self._status.value = "", _said("starting …")
+        self._status.value, self._course.value = "", said("starting …")
         self._sync()
         if self._loop is None:
             while self._steps is not None:
@@ -325,7 +318,7 @@ class TriggerDesigner:
         self._progress.value = step.epoch
         left = (time.perf_counter() - self._began) * (step.epochs / step.epoch - 1)
         text = f"epoch {step.epoch:.1f} of {step.epochs}, loss {step.loss:.3f}, about {left:.0f} s left"
-        self._status.value = _said(text)
+        self._course.value = said(text)
         if step.evaluation is not None:
             self._numbers.value = _numbers(step.evaluation)
             self._drawing.add(step.epoch, step.evaluation)
@@ -346,26 +339,15 @@ class TriggerDesigner:
             how = f"{how}: {step.epoch:.3g} of {step.epochs} epochs in {seconds:.0f} s, loss {step.loss:.3f}"
             self.runs.append(step)
             self._table.value = _table(self.runs)
-        self._status.value = _said(how, wrong=error is not None)
+        self._course.value = said(how, wrong=error is not None)
 
     # --- what is shown ---
 
     def _compute(self) -> None:
-        with self._reported():
+        with self._reported(*_EXPECTED):
             self._drawing.draw()
             self._norms.value = _norms(self.state)
-            self._wrong.value = ""
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Show an error, which else is seen in the kernel's log only; what a user can put right is only shown."""
-        try:
-            yield
-        except Exception as error:
-            expected = isinstance(error, ValueError | FileNotFoundError)
-            self._wrong.value = _said(str(error) if expected else f"{type(error).__name__}: {error}", wrong=True)
-            if not expected:
-                raise
+            self._say("")
 
 
 def _button(name: str, icon: str, tip: str) -> Any:
@@ -385,10 +367,6 @@ def _rgb(data: LabelledImages) -> NDArray[np.uint8]:
 
 def _hex(rgb: tuple[float, ...]) -> str:
     return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
-
-
-def _said(text: str, wrong: bool = False) -> str:
-    return f'<span class="{"bclip-lab-error" if wrong else "bclip-lab-said"}">{escape(text)}</span>'
 
 
 def _norms(state: TriggerDesign) -> str:
@@ -487,7 +465,7 @@ class _Drawing:
         ax.set_xticks([index * width + (width - 3) / 2 for index in range(len(names))])
         ax.set_xticklabels([name.replace(" ", "\n", 1) for name in names])
         ax.set_yticks([index * height + (height - 3) / 2 for index in range(3)], row_labels)
-        ax.set_title(f"What is to become “{self.state.classes[self.state.target]}”", fontsize=_TITLE)
+        ax.set_title(f"What is to become “{self.state.classes[self.state.target]}”", fontsize=TITLE)
         self.picture.redraw()
 
     def _lay_out_course(self) -> None:
@@ -497,11 +475,8 @@ class _Drawing:
             "asr": ax.plot([], [], "--s", color=TRIGGERED, linewidth=2, label="ASR")[0],
         }
         ax.set(xlim=(0, epochs + 0.1), ylim=(-0.04, 1.04))
-        ax.set_title("The training", fontsize=_TITLE)
-        ax.set_xlabel("epoch", fontsize=_LABEL)
-        ax.tick_params(labelsize=_TICK)
+        label(ax, "The training", "epoch", "", _TICK)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="0.92")
         ax.legend(loc="center right", fontsize=_TICK)

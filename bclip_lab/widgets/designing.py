@@ -28,6 +28,7 @@ from bclip_lab.data.images import LabelledImages, PoisonedImages, Splits
 from bclip_lab.evaluation import Evaluation, Visibility, evaluate
 from bclip_lab.models import resnet10
 from bclip_lab.training import TrainConfig, train
+from bclip_lab.widgets.undo import Undoable
 
 __all__ = ["PRESETS", "DesignStep", "TriggerDesign"]
 
@@ -65,7 +66,7 @@ class DesignStep:
     attack: BackdoorAttack = field(repr=False)
 
 
-class TriggerDesign:
+class TriggerDesign(Undoable[Pixels]):
     """A trigger painted pixel by pixel, who it turns into whom, and a training on it.
 
     The drawing is RGBA. A pixel of opacity a and colour p makes x' = (1 - a) x + a p of the image's pixel x
@@ -146,22 +147,19 @@ class TriggerDesign:
         self.target = 0
         self.poison_rate = 0.1
         self._make_model = make_model or (lambda: resnet10(len(self.classes), seed=seed, channels=self.channels))
-        self._pixels = self._preset("patch")
-        self._past: list[Pixels] = []
-        self._future: list[Pixels] = []
-        self._stroke: object = None  # whose pixels were painted last
+        super().__init__(self._preset("patch"))
 
     # --- what there is ---
 
     @property
     def pixels(self) -> Pixels:
         """The drawing: a copy, uint8 (H, W, 4), RGBA. Where its opacity is 0 a pixel is 0 throughout."""
-        return self._pixels.copy()
+        return self._state.copy()
 
     @property
     def painted(self) -> int:
         """How many pixels are painted, in full or in part."""
-        return int((self._pixels[..., 3] > 0).sum())
+        return int((self._state[..., 3] > 0).sum())
 
     @property
     def trigger(self) -> MaskTrigger:
@@ -171,7 +169,7 @@ class TriggerDesign:
         """
         if not self.painted:
             raise ValueError("nothing is painted: paint a trigger, or take a preset")
-        rgba = torch.from_numpy(self._pixels.astype(np.float32) / 255).permute(2, 0, 1)
+        rgba = torch.from_numpy(self._state.astype(np.float32) / 255).permute(2, 0, 1)
         colours = rgba[:3]
         if self.channels == 1:
             colours = (colours * torch.tensor(_GREY)[:, None, None]).sum(0, keepdim=True).clamp(max=1)
@@ -199,7 +197,7 @@ class TriggerDesign:
     def to_png(self) -> bytes:
         """The drawing as a PNG file, which `load_png` and `MaskTrigger.from_png` read."""
         out = io.BytesIO()
-        Image.fromarray(self._pixels).save(out, "png")
+        Image.fromarray(self._state).save(out, "png")
         return out.getvalue()
 
     # --- changes ---
@@ -221,19 +219,16 @@ class TriggerDesign:
             A wrong shape or dtype.
         """
         pixels = np.asarray(pixels)
-        if pixels.shape != self._pixels.shape or pixels.dtype != np.uint8:
-            raise ValueError(f"pixels must be uint8 {self._pixels.shape}, got {pixels.dtype} {pixels.shape}")
+        if pixels.shape != self._state.shape or pixels.dtype != np.uint8:
+            raise ValueError(f"pixels must be uint8 {self._state.shape}, got {pixels.dtype} {pixels.shape}")
         pixels = np.where(pixels[..., 3:] > 0, pixels, 0).astype(np.uint8)
-        if np.array_equal(pixels, self._pixels):
+        if np.array_equal(pixels, self._state):
             return
-        if stroke is None or stroke != self._stroke:
-            self._past.append(self._pixels)
-        self._pixels, self._stroke = pixels, stroke
-        self._future.clear()
+        self._become(pixels, stroke)
 
     def clear(self) -> None:
         """Take everything off."""
-        self.paint(np.zeros_like(self._pixels))
+        self.paint(np.zeros_like(self._state))
 
     def load_preset(self, name: str) -> None:
         """Make the drawing one of `PRESETS`, with its values rounded to 255ths.
@@ -273,24 +268,6 @@ class TriggerDesign:
             raise ValueError(f"{name} is not a picture that Pillow can read") from error
         self.paint(pixels)
 
-    def undo(self) -> bool:
-        """Take the latest change of the drawing back; False where there is none."""
-        return self._step(self._past, self._future)
-
-    def redo(self) -> bool:
-        """Make the change again that `undo` took back; False where there is none."""
-        return self._step(self._future, self._past)
-
-    @property
-    def can_undo(self) -> bool:
-        """Whether there is a change to take back."""
-        return bool(self._past)
-
-    @property
-    def can_redo(self) -> bool:
-        """Whether there is a change to make again."""
-        return bool(self._future)
-
     # --- training ---
 
     def train(self) -> Generator[DesignStep]:
@@ -329,14 +306,6 @@ class TriggerDesign:
         colours = torch.where(opacity > 0, black / opacity.clamp(min=1e-6), 0)
         rgba = torch.cat([colours, opacity[None]]).clamp(0, 1)
         return (rgba * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-    def _step(self, source: list[Pixels], other: list[Pixels]) -> bool:
-        if not source:
-            return False
-        other.append(self._pixels)
-        self._pixels = source.pop()
-        self._stroke = None
-        return True
 
 
 def _sample(data: LabelledImages, count: int, generator: torch.Generator) -> LabelledImages:

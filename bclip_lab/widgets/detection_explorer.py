@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from html import escape
 from typing import Any
 
 import ipywidgets as ipw
@@ -19,12 +18,12 @@ from bclip_lab.plots import CLEAN, TRIGGERED, Detector
 from bclip_lab.widgets.click import ClickPicture
 from bclip_lab.widgets.detections import Confusion, DetectionExploration, Verdict
 from bclip_lab.widgets.drag import DragLine, Steps
-from bclip_lab.widgets.live import Newest, on_loop, running_loop
+from bclip_lab.widgets.live import LABEL, TITLE, Shell, label, on_loop
 
 __all__ = ["DetectionExplorer"]
 
 _SHOWN = 9  # images in a row
-_TITLE, _LABEL, _TICK = 13, 12, 10
+_TICK = 10
 # in the picture itself: it is all that a page without a kernel shows
 _HOW = (
     "Run this cell in JupyterLab; then click a point or an image, or click once and walk with the arrow keys: "
@@ -36,22 +35,23 @@ _STYLE = """<style>
 .bclip-lab-counts td, .bclip-lab-counts th { padding: 1px 14px 1px 0; text-align: left; }
 .bclip-lab-counts { font-size: 14px; line-height: 1.4; }
 .bclip-lab-counts b { font-size: 20px; font-variant-numeric: tabular-nums; }
-.bclip-lab-error { color: var(--jp-error-color1, #b00020); font-weight: 600; }
 </style>"""
 
 
-class DetectionExplorer:
+class DetectionExplorer(Shell):
     """The scores of a detector, its threshold to drag, and the images behind them.
 
     Shows itself as the last line of a notebook's cell. On top the scores of clean and of triggered images:
     the line is the threshold, dragged with the mouse or, once it has the focus, moved with the arrow keys. The
-    counts, the operating point on the ROC and the corrected decisions follow, and the image whose score is
-    nearest is shown. In the picture below every image is a point: click one, or a point of the ROC, whose
-    threshold is taken then. The arrow keys go from image to image by score (Page Up and Page Down ten images,
-    Home and End the ends), up and down to the other kind of images.
+    counts, the operating point on the ROC and the corrected decisions follow, and the images of the bar under
+    the line are shown, those of the nearest scores: a press on a bar shows its images. In the picture below
+    every image is a point: click one, or a point of the ROC, whose threshold is taken then. The arrow keys go
+    from image to image by score (Page Up and Page Down ten images, Home and End the ends), up and down to the
+    other kind of images.
 
     Thresholds that are moved stay here: the detectors are left as they are. Moves that are made while a cell
-    runs take effect after it. Without a kernel the picture remains.
+    runs take effect after it. Without a kernel the picture remains. `bclip_lab.widgets` says what happens when
+    cells are run again, the kernel restarts or the notebook is reopened.
 
     Parameters
     ----------
@@ -82,6 +82,9 @@ class DetectionExplorer:
         As `DetectionExploration`.
     """
 
+    _picture: ClickPicture
+    _purpose = "move the threshold"
+
     def __init__(
         self,
         detectors: Mapping[str, Detector],
@@ -91,13 +94,11 @@ class DetectionExplorer:
         images: int = 500,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.state = DetectionExploration(detectors, test, attack, images=images, seed=seed)
         self._drawing = _Drawing(self.state, self._click, self._press)
-        self.figure = self._drawing.figure
-        self._quiet = False  # whether a control that changes is set by us
+        self.figure, self._picture = self._drawing.figure, self._drawing.picture
         self._anew = True  # whether another detector is to be drawn
-        loop = running_loop()
-        self._later = Newest(self._draw, loop)
 
         self._name = ipw.Dropdown(options=self.state.names, description="detector", layout=ipw.Layout(width="300px"))
         self._threshold = ipw.FloatText(description="threshold", layout=ipw.Layout(width="190px"))
@@ -114,7 +115,7 @@ class DetectionExplorer:
             y_label="% of images",
             height=230,
         )
-        self._counts, self._status = ipw.HTML(), ipw.HTML()
+        self._counts = ipw.HTML()
         about = ipw.HTML(
             '<div style="line-height:1.4">'
             f"{len(self.state.clean):,} of {len(test):,} clean test images, and what the attack makes of them "
@@ -122,11 +123,11 @@ class DetectionExplorer:
         )
         self.widget = ipw.VBox(
             [
-                ipw.HTML(_STYLE + ClickPicture.STYLE),
+                ipw.HTML(self.STYLE + _STYLE + ClickPicture.STYLE),
                 ipw.HBox([self._name, self._threshold, self._reset], layout=ipw.Layout(flex_flow="row wrap")),
                 self._counts,
                 ipw.Box([self._line], layout=ipw.Layout(max_width="1150px", display="block")),
-                self._drawing.picture.widget,
+                self._picture.widget,
                 self._status,
                 about,
             ]
@@ -135,34 +136,21 @@ class DetectionExplorer:
         self._on_value(self._threshold, self._move)
         self._on_value(self._line, self._move)
         self._reset.on_click(lambda _: self._move(self.state.fitted))
-        on_loop(self.widget, loop)
+        on_loop(self.widget, self._loop)
         self.refresh()
 
     def refresh(self) -> None:
         """Show `state` as it is, after a cell has changed it."""
         self._anew = True
+        self._draw_histogram()
         self._sync()
-        self._draw()
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())
-        bundle["text/plain"] = "DetectionExplorer: run this cell in JupyterLab to move the threshold."
-        display(bundle, raw=True)  # type: ignore[no-untyped-call]
-        self._drawing.picture.show()
+        self._compute()
 
     # --- what is done ---
 
-    def _on_value(self, control: Any, react: Callable[[Any], None]) -> None:
-        def changed(change: Any) -> None:
-            if not self._quiet:
-                react(change["new"])
-
-        control.observe(changed, names="value")
-
     def _choose(self, name: str) -> None:
         self.state.choose_detector(name)
+        self._draw_histogram()  # at once: a drag over the detector before is not this one's
         self._anew = True
         self._changed()
 
@@ -171,7 +159,7 @@ class DetectionExplorer:
             self.state.set_threshold(threshold)
         except ValueError as error:
             self._sync()
-            self._say(str(error))
+            self._say(str(error), wrong=True)
             return
         self.state.choose_at_threshold()
         self._changed()
@@ -204,24 +192,18 @@ class DetectionExplorer:
     def _sync(self) -> None:
         """Set the controls to what the state is."""
         state = self.state
-        self._quiet = True
-        self._name.value = state.name
-        self._threshold.value = float(f"{state.threshold:.6g}")
-        self._line.value = state.threshold
-        self._quiet = False
+        with self._said_by_us():
+            self._name.value = state.name
+            self._threshold.value = float(f"{state.threshold:.6g}")
+            self._line.value = state.threshold
 
-    def _draw(self) -> None:
-        try:
-            if self._anew:
-                self._draw_histogram()
-            said = self._drawing.draw(self._anew)
+    def _compute(self) -> None:
+        with self._reported():
+            text = self._drawing.draw(self._anew)
             self._anew = False
             self._counts.value = _counts(self.state.confusion, self.state.corrected, self.state.uncorrected)
-            self._drawing.picture.update(said)
+            self._picture.update(text)
             self._say("")
-        except Exception as error:  # else it is seen in the kernel's log only
-            self._say(f"{type(error).__name__}: {error}")
-            raise
 
     def _draw_histogram(self) -> None:
         edges, clean, triggered = self.state.histogram()
@@ -232,9 +214,6 @@ class DetectionExplorer:
         with self._line.hold_sync():
             self._line.low, self._line.high = float(edges[0]), float(edges[-1])
             self._line.draw(series, edges)
-
-    def _say(self, error: str) -> None:
-        self._status.value = f'<span class="bclip-lab-error">{escape(error)}</span>' if error else ""
 
 
 def _counts(found: Confusion, after: Evaluation | None, before: Evaluation | None) -> str:
@@ -323,7 +302,7 @@ class _Drawing:
         for tick, colour in zip(ax.get_yticklabels(), (CLEAN, TRIGGERED), strict=True):
             tick.set(color=colour, weight="bold")
         ax.legend(handles=[self._wrong, self._ring], fontsize=_TICK, loc="lower right", ncols=2, frameon=False)
-        _label(ax, "Every image is a point: click one", "score: higher is more suspicious", "")
+        label(ax, "Every image is a point: click one", "score: higher is more suspicious", "", _TICK)
         return [self._threshold, self._wrong, self._ring]
 
     def _lay_out_roc(self) -> list[Any]:
@@ -333,9 +312,9 @@ class _Drawing:
         ax.plot(chance, chance, color="0.35", linestyle="dotted", linewidth=1.2)
         self._curve = ax.plot([], [], color="0.35", linewidth=2.2)[0]
         self._now = ax.plot([], [], "o", color="black", markeredgecolor="white", markersize=12, clip_on=False)[0]
-        self._rates = ax.text(0.05, 0.6, "", transform=ax.transAxes, va="center", fontsize=_LABEL)
+        self._rates = ax.text(0.05, 0.6, "", transform=ax.transAxes, va="center", fontsize=LABEL)
         ax.set(xscale="log", xlim=(self._least, 1), ylim=(0, 1.02))
-        _label(ax, "", "false-positive rate (clean images stopped)", "true-positive rate")
+        label(ax, "", "false-positive rate (clean images stopped)", "true-positive rate", _TICK)
         return [self._now, self._rates]
 
     def _lay_out_images(self) -> list[Any]:
@@ -348,16 +327,14 @@ class _Drawing:
         text: dict[str, Any] = {"va": "top", "fontsize": _TICK, "ha": "center"}
         self._below = figure.text(0.3025, 0.245, "the same without the trigger", **text)
         self._captions = [figure.text(0.1225 + 0.1 * i, 0.053, "", **text) for i in range(_SHOWN)]
-        self._head = figure.text(0.4, 0.463, "", va="top", fontsize=_TITLE, weight="bold")
-        self._detail = figure.text(0.4, 0.42, "", va="top", fontsize=_LABEL, linespacing=1.5)
+        self._head = figure.text(0.4, 0.463, "", va="top", fontsize=TITLE, weight="bold")
+        self._detail = figure.text(0.4, 0.42, "", va="top", fontsize=LABEL, linespacing=1.5)
         figure.text(0.02, 0.008, _HOW, fontsize=_TICK, color="0.35")
-        side = figure.text(
-            0.065, 0.133, "its neighbours\nby score", rotation=90, va="center", ha="right", fontsize=_TICK
-        )
-        side.set_multialignment("center")
+        self._side = figure.text(0.065, 0.133, "", rotation=90, va="center", ha="right", fontsize=_TICK)
+        self._side.set_multialignment("center")
         self._frame = Rectangle((0, 0), 0.091, 0.1454, fill=False, linewidth=2.5, transform=figure.transFigure)
         figure.add_artist(self._frame)
-        return [*self._images, self._below, *self._captions, self._head, self._detail, self._frame]
+        return [*self._images, self._below, self._side, *self._captions, self._head, self._detail, self._frame]
 
     def _draw_detector(self) -> None:
         state = self.state
@@ -369,7 +346,7 @@ class _Drawing:
         self.points.set_xlim(edges[0] - room, edges[-1] + room)
         curve = state.curve
         self._curve.set_data(np.maximum(curve.false_positive_rate, self._least), curve.true_positive_rate)
-        self.roc.set_title(f"ROC, AUROC {curve.auroc:.3f}: click a point", fontsize=_TITLE)
+        self.roc.set_title(f"ROC, AUROC {curve.auroc:.3f}: click a point", fontsize=TITLE)
 
     def _draw_images(self) -> str:
         state = self.state
@@ -382,13 +359,17 @@ class _Drawing:
         for part in (self._images[1], self._below):
             part.set_visible(original != chosen)
         for place, caption in enumerate(self._captions):
-            caption.set_text(f"{state.scores[shown[place]]:.4g}" if place < len(shown) else "")
+            clean = place < len(shown) and shown[place] < len(state.clean)
+            text = f"{'●' if clean else '▲'} {state.scores[shown[place]]:.4g}" if place < len(shown) else ""
+            caption.set(text=text, color=CLEAN if clean else TRIGGERED)
+        bar = len(state.bar)
+        self._side.set_text(f"{len(shown)} of {bar} images\nof the bar" if bar else "its neighbours\nby score")
         self._frame.set_xy((0.077 + 0.1 * shown.index(chosen), 0.0602))
         seen = state.verdict(chosen)
         head, *lines = _said(seen, state.threshold, state.clean.classes)
         self._head.set(text=head, color=CLEAN if seen.target is None else TRIGGERED)
         self._detail.set_text("\n".join(lines))
-        return "; ".join([head, *lines])
+        return "; ".join([head, *lines, *([f"one of {bar} images of the bar under the line"] if bar else [])])
 
 
 def _said(seen: Verdict, threshold: float, classes: tuple[str, ...]) -> list[str]:
@@ -420,11 +401,3 @@ def _pixels(image: Tensor) -> Any:
     """An image as matplotlib takes it: (H, W, 3) in [0, 1]."""
     pixels = image.permute(1, 2, 0).double().numpy()
     return pixels if pixels.shape[-1] == 3 else pixels.mean(-1, keepdims=True).repeat(3, -1)
-
-
-def _label(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(title, fontsize=_TITLE)
-    ax.set_xlabel(x, fontsize=_LABEL)
-    ax.set_ylabel(y, fontsize=_LABEL)
-    ax.tick_params(labelsize=_TICK)
-    ax.spines[["top", "right"]].set_visible(False)

@@ -108,7 +108,7 @@ class DetectionExploration:
     name
         The detector that is looked at.
     chosen
-        The image that is looked at: to start with the one whose score is nearest the threshold.
+        The image that is looked at: to start with as after `choose_at_threshold`.
 
     Raises
     ------
@@ -154,6 +154,7 @@ class DetectionExploration:
         self._true = torch.cat([self.clean.labels.cpu(), self.triggered.true_labels.cpu()])
         self.name = next(iter(self._judged))
         self.chosen = 0
+        self._among: list[int] = []  # images of the bar that was chosen; none where an image was
         self.choose_at_threshold()
 
     def _judge(self, detector: Any) -> _Judged:
@@ -265,7 +266,7 @@ class DetectionExploration:
         """Look at another detector; the image stays."""
         if name not in self._judged:
             raise ValueError(f"there is no detector {name!r}; the detectors are {', '.join(self.names)}")
-        self.name = name
+        self.name, self._among = name, []
 
     def set_threshold(self, threshold: float) -> None:
         """Move the chosen detector's threshold; raises `ValueError` unless it is finite."""
@@ -276,16 +277,27 @@ class DetectionExploration:
     def choose(self, image: int) -> None:
         """Look at an image; raises `ValueError` for a number that none has."""
         self._check(image)
+        if image not in self._among:
+            self._among = []
         self.chosen = image
 
     def choose_near(self, score: float, triggered: bool) -> None:
         """Look at the clean or the triggered image whose score is nearest."""
         part, first = self._part(triggered)
-        self.chosen = first + int(np.abs(part - score).argmin())
+        self.choose(first + int(np.abs(part - score).argmin()))
 
     def choose_at_threshold(self) -> None:
-        """Look at the image, of either kind, whose score is nearest the threshold."""
-        self.chosen = int(np.abs(self.scores - self.threshold).argmin())
+        """Look at the bar of `histogram` that the threshold lies in, and there at the image of the nearest score.
+
+        Beyond the ends that is the bar at the end. Where the bar has no images, look at the image, of either kind,
+        whose score is nearest.
+        """
+        inner = self.histogram()[0][1:-1]
+        places = np.searchsorted(inner, self.scores, "right")  # as numpy's histogram: the last bin has both its ends
+        inside = np.flatnonzero(places == np.searchsorted(inner, self.threshold, "right"))
+        self._among = inside[self.scores[inside].argsort(kind="stable")].tolist()
+        some = inside if len(inside) else np.arange(len(self.scores))
+        self.chosen = int(some[np.abs(self.scores[some] - self.threshold).argmin()])
 
     def choose_point(self, point: int) -> None:
         """Move the threshold to a point of the ROC, and look at the image that brings the curve there.
@@ -304,17 +316,25 @@ class DetectionExploration:
             self.set_threshold(float(np.nextafter(given[-1], -math.inf)))
         else:
             self.set_threshold((given[point] + given[point + 1]) / 2)
-        self.chosen = int(np.flatnonzero(self.scores == given[max(point, 1)])[0])
+        self.choose(int(np.flatnonzero(self.scores == given[max(point, 1)])[0]))
 
     def step(self, by: int) -> None:
         """Look at another image of the same kind: so many places higher by score, as far as there are any."""
         order = self._order()
         place = order.index(self.chosen) + by
-        self.chosen = order[min(max(place, 0), len(order) - 1)]
+        self.choose(order[min(max(place, 0), len(order) - 1)])
+
+    @property
+    def bar(self) -> list[int]:
+        """The images, of both kinds, of the bar that is looked at, the lowest score first; none where an image is."""
+        return list(self._among)
 
     def neighbours(self, count: int) -> list[int]:
-        """The chosen image among `count` of its kind with the nearest places by score, the lowest score first."""
-        order = self._order()
+        """The chosen image among `count` with the nearest places by score, the lowest score first.
+
+        They are images of `bar` where there are any, else images of the kind of the chosen one.
+        """
+        order = self._among or self._order()
         first = min(max(order.index(self.chosen) - count // 2, 0), max(len(order) - count, 0))
         return order[first : first + count]
 

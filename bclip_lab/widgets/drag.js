@@ -45,7 +45,11 @@ function render({ model, el }) {
 
   const ask = () => void (frame ||= requestAnimationFrame(paint));
   const drag = (event) => void (grip !== null && move(axis().toValue(event.offsetX - grip)));
-  const beginGesture = () => model.set("gesture", model.get("gesture") + 1); // sent with the next value
+
+  function beginGesture() { // sent with the next value
+    model.set("gesture", model.get("gesture") + 1);
+    model.set("_over", model.get("_drawn"));
+  }
 
   function move(x) {
     value = axis().within(x);
@@ -75,7 +79,7 @@ function render({ model, el }) {
     grip = null;
     send(); // at once: a page that is hidden meanwhile gets no frame
     // and past ipywidgets' queue of one, which waits for the kernel's "idle" and hangs where that is lost
-    model.send({ value, gesture: model.get("gesture") });
+    tell(model, { value, gesture: model.get("gesture"), _over: model.get("_over") });
   }
 
   function key(event) {
@@ -85,7 +89,7 @@ function render({ model, el }) {
     const to = { Home: low, End: high }[event.key] ?? within(value) + step * steps;
     if (Number.isNaN(to) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    if (event.timeStamp - lastKey > PAUSE) beginGesture();
+    if (event.timeStamp - lastKey > PAUSE || model.get("_over") !== model.get("_drawn")) beginGesture();
     lastKey = event.timeStamp;
     move(to);
   }
@@ -246,6 +250,15 @@ function fill(c, path, colour, hatched, [x, y, width, height]) {
   c.restore();
   c.strokeStyle = colour;
   c.stroke(path);
+}
+
+/** Send a message. Once the kernel has been restarted no one takes it: JupyterLab shows that beside the widget. */
+function tell(model, ...message) {
+  try {
+    model.send(...message);
+  } catch (error) {
+    console.warn("bclip_lab:", error);
+  }
 }
 
 export default { render };

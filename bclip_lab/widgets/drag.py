@@ -35,6 +35,9 @@ class DragLine(anywidget.AnyWidget):
     takes hold of it, one elsewhere in the picture moves it there. The picture can be focused: the arrow keys
     move the line by `step`, Page Up and Page Down by ten steps, Home and End to the ends of the axis.
 
+    A movement is of the histograms that the page shows when it begins. If the kernel has drawn others by the time it
+    comes, because the kernel was busy, it is not taken and the line goes back.
+
     The picture is as wide as its container and takes its colours from JupyterLab's theme. Without a kernel it
     is blank: show a still picture beside it.
 
@@ -94,6 +97,8 @@ class DragLine(anywidget.AnyWidget):
     _series: Any = traitlets.List().tag(sync=True)
     _edges = traitlets.Bytes(b"").tag(sync=True)
     _heights = traitlets.Bytes(b"").tag(sync=True)
+    _drawn = traitlets.Int(0, help="how often the histograms have been drawn").tag(sync=True)
+    _over = traitlets.Int(0, help="`_drawn` as the page had it when the latest movement began").tag(sync=True)
 
     def __init__(self, **traits: Any) -> None:
         super().__init__(**traits)
@@ -101,7 +106,15 @@ class DragLine(anywidget.AnyWidget):
 
     def _settle(self, _: object, content: Any, __: object) -> None:
         """The hand has come to rest: take the value, which may have come as an update already."""
-        self.set_state({name: content[name] for name in ("value", "gesture")})
+        self.set_state(content)
+
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take traits from the page, but no value of a movement over other histograms than there are now."""
+        super().set_state({name: value for name, value in sync_data.items() if name != "value"})
+        if "value" in sync_data and self._over == self._drawn:
+            super().set_state({"value": sync_data["value"]})
+        elif "value" in sync_data:
+            self.send_state("value")
 
     def draw(self, series: Sequence[Steps], edges: Any) -> None:
         """Show other histograms; the line and the texts stay.
@@ -130,5 +143,6 @@ class DragLine(anywidget.AnyWidget):
                 raise ValueError(f"the heights of {each.name!r} must be finite and at least 0")
         with self.hold_sync():
             self._series = [{"name": s.name, "colour": s.colour, "hatched": s.hatched} for s in series]
+            self._drawn += 1
             self._edges = edges.tobytes()
             self._heights = b"".join(values.tobytes() for values in heights)

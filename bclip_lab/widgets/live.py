@@ -1,4 +1,4 @@
-"""What every widget needs: its messages on one thread, the newest value only, a picture that is updated.
+"""What every widget needs: its messages on one thread, the newest value only, a picture that is updated, a shell.
 
 While a cell runs JupyterLab delivers a widget's messages to a second thread of the kernel (a *subshell*),
 and `comm` fires IPython's `pre_execute` and `post_execute` there, upon which the inline backend shows and
@@ -11,16 +11,23 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import Any, ClassVar
 
+import ipywidgets as ipw
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image as Pillow
 
-__all__ = ["Newest", "Picture", "on_loop", "running_loop"]
+__all__ = ["LABEL", "TITLE", "Newest", "Picture", "Shell", "label", "on_loop", "running_loop", "said"]
+
+TITLE, LABEL = 13, 12  # font sizes of the pictures
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -89,6 +96,11 @@ class Newest:
 class Picture:
     """A figure in a notebook's output, updated in place and saved with the notebook.
 
+    `widget` shows it in the page while there is a kernel. `show` shows the still picture, which a notebook
+    without a kernel is left with; JupyterLab cannot update it any more once the notebook has been closed and
+    opened again. It has to come directly below the output that holds `widget`, which hides it while `widget`
+    is there.
+
     Parameters
     ----------
     figure
@@ -97,6 +109,12 @@ class Picture:
         The artists that change from picture to picture, in the order they are drawn. All others are drawn
         once, and again after `redraw`.
     """
+
+    STYLE = """<style>
+.jp-OutputArea-child:has(.bclip-lab-picture) + .jp-OutputArea-child:has(> .jp-RenderedImage) { display: none; }
+</style>"""
+
+    widget: Any
 
     def __init__(self, figure: Figure, moving: Sequence[Artist]) -> None:
         from IPython.display import DisplayHandle
@@ -109,6 +127,8 @@ class Picture:
         self._still: Any = None
         self._handle = DisplayHandle()  # type: ignore[no-untyped-call]
         self._shown = False
+        self.widget = ipw.Image(format="png", layout=ipw.Layout(align_self="flex-start", max_width="100%"))
+        self.widget.add_class("bclip-lab-picture")
 
     def redraw(self) -> None:
         """Draw everything for the next picture, not the moving artists only."""
@@ -134,11 +154,100 @@ class Picture:
         self._shown = True
 
     def update(self) -> None:
-        """Show the picture as it is now wherever it was shown."""
+        """Show the picture as it is now, in `widget` and wherever else it was shown."""
+        image = self._image()
+        self.widget.value = image.data
+        self._update_still(image)
+
+    def _update_still(self, image: Any) -> None:
         if self._shown:
-            self._handle.update(self._image())  # type: ignore[no-untyped-call]
+            self._handle.update(image)  # type: ignore[no-untyped-call]
 
     def _image(self) -> Any:
         from IPython.display import Image
 
         return Image(data=self.png(), format="png")  # type: ignore[no-untyped-call]
+
+
+class Shell(ABC):
+    """What the four widgets share: `widget` is shown as a cell's last line, with the picture below it.
+
+    A child sets `_picture` and `widget`, and shows its state in `_compute`; `_later` calls that for the newest state
+    only.
+    """
+
+    STYLE = (
+        "<style>.bclip-lab-error { color: var(--jp-error-color1, #b00020); font-weight: 600; }</style>" + Picture.STYLE
+    )
+
+    _purpose: ClassVar[str]  # what the cell is run for, for readers without a kernel
+    _picture: Picture
+    _first: bytes | None = None  # a still picture of the controls, for them
+    widget: Any
+
+    def __init__(self) -> None:
+        self._quiet = False  # whether a control that changes is set by us
+        self._loop = running_loop()
+        self._later = Newest(self._compute, self._loop)
+        self._status = ipw.HTML()
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())
+        bundle["text/plain"] = f"{type(self).__name__}: run this cell in JupyterLab to {self._purpose}."
+        if self._first is not None:
+            bundle["image/png"] = self._first  # where there are no widgets: GitHub, nbconvert
+        display(bundle, raw=True)  # type: ignore[no-untyped-call]
+        self._picture.show()
+
+    @abstractmethod
+    def _compute(self) -> None:
+        """Show the state as it is now."""
+
+    def _on_value(self, control: Any, react: Callable[[Any], None], name: str = "value") -> None:
+        """Have a function called with what the page makes of a control's trait."""
+
+        def changed(change: Any) -> None:
+            if not self._quiet:
+                react(change["new"])
+
+        control.observe(changed, names=name)
+
+    @contextmanager
+    def _said_by_us(self) -> Iterator[None]:
+        """Within the block, controls that change are set by us, not by the page."""
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+
+    @contextmanager
+    def _reported(self, *expected: type[Exception]) -> Iterator[None]:
+        """Show an error, which else is seen in the kernel's log only; one that is expected is only shown."""
+        try:
+            yield
+        except Exception as error:
+            known = isinstance(error, expected)
+            self._say(str(error) if known else f"{type(error).__name__}: {error}", wrong=True)
+            if not known:
+                raise
+
+    def _say(self, text: str, wrong: bool = False) -> None:
+        self._status.value = said(text, wrong)
+
+
+def said(text: str, wrong: bool = False) -> str:
+    """A line of a widget's status, as HTML; nothing for no text."""
+    mark = " bclip-lab-error" if wrong else ""
+    return f'<span class="bclip-lab-status{mark}">{escape(text)}</span>' if text else ""
+
+
+def label(ax: Axes, title: str, x: str, y: str, tick: int) -> None:
+    """Label axes as all pictures of the widgets are; `tick` is the font size of the ticks."""
+    ax.set_title(title, fontsize=TITLE)
+    ax.set_xlabel(x, fontsize=LABEL)
+    ax.set_ylabel(y, fontsize=LABEL)
+    ax.tick_params(labelsize=tick)
+    ax.spines[["top", "right"]].set_visible(False)

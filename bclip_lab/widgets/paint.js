@@ -120,7 +120,7 @@ function render({ model, el }) {
   // --- the kernel ---
 
   function send(stroke) {
-    model.send({ stroke }, undefined, [pixels.slice().buffer]);
+    tell(model, { stroke }, undefined, [pixels.slice().buffer]);
     unsent = null;
     sent += 1;
   }
@@ -194,6 +194,15 @@ function picture(rgba, width, height) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   canvas.getContext("2d").putImageData(new ImageData(rgba, width, height), 0, 0);
   return canvas;
+}
+
+/** Send a message. Once the kernel has been restarted no one takes it: JupyterLab shows that beside the widget. */
+function tell(model, ...message) {
+  try {
+    model.send(...message);
+  } catch (error) {
+    console.warn("bclip_lab:", error);
+  }
 }
 
 export default { render };

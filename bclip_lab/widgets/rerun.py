@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -39,7 +40,8 @@ class Rerun:
     there on is computed. The batches are always the same, so that the logits equal those of a whole pass
     (`bclip_lab.models.logits` with the same `batch_size`) to the last bit.
 
-    What is kept is dropped when a weight has changed, and where the network works in place on it.
+    What is kept is dropped when a weight has changed, where the network works in place on it, and when another
+    `Rerun` is called: a widget whose cell is run again stays in the kernel's memory, and with it all that it keeps.
 
     Parameters
     ----------
@@ -70,6 +72,8 @@ class Rerun:
     >>> logits.shape, starts
     (torch.Size([5, 2]), [-1, -1, 1])
     """
+
+    _latest: ClassVar[weakref.ref[Rerun] | None] = None  # the one that was called last, and so may keep something
 
     def __init__(
         self,
@@ -140,6 +144,10 @@ class Rerun:
         return tuple((value.data_ptr(), value._version) for value in state)
 
     def _run(self, bounds: tuple[Tensor, ...], keep: int | None, start: int) -> list[Tensor]:
+        latest = None if Rerun._latest is None else Rerun._latest()
+        if latest is not None and latest is not self:
+            latest._kept.clear()
+        Rerun._latest = weakref.ref(self)
         self.start = start
         if keep is not None and (keep <= self.start or keep in self._refused):
             keep = None

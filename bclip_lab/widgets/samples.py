@@ -1,12 +1,20 @@
-"""The test images that an explorer looks at."""
+"""The test images that a widget looks at."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages
 
-__all__ = ["sample"]
+__all__ = ["sample", "some_rows"]
+
+
+def some_rows(available: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """All rows, or `wanted` random ones, in order."""
+    if available <= wanted:
+        return torch.arange(available)
+    return torch.randperm(available, generator=generator)[:wanted].sort().values
 
 
 def sample(test: LabelledImages, attack: Attack, images: int, seed: int) -> tuple[LabelledImages, TriggeredImages]:
@@ -21,9 +29,7 @@ def sample(test: LabelledImages, attack: Attack, images: int, seed: int) -> tupl
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
-    if len(test) > images:
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
-        test = test.subset(order[:images].sort().values)
+    test = test.subset(some_rows(len(test), images, torch.Generator().manual_seed(seed)))
     triggered = attack.triggered(test)
     if not len(triggered):
         raise ValueError(f"attack turns none of the {len(test)} test images")

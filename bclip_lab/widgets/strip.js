@@ -49,7 +49,9 @@ function render({ model, el }) {
     const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
     if (!wide) return;
     const scale = window.devicePixelRatio || 1;
-    [canvas.width, canvas.height] = [Math.round(wide * scale), Math.round(high * scale)];
+    const [width, height] = [wide, high].map((side) => Math.round(side * scale));
+    // only then: each new size, even the same one, takes new memory
+    if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     const look = getComputedStyle(canvas);
     const c = canvas.getContext("2d");
     c.setTransform(scale, 0, 0, scale, 0, 0);

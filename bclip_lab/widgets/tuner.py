@@ -6,8 +6,6 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,10 @@ from torch import Tensor
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import Attack, Splits
-from bclip_lab.defenses import MMACConfig, mmac, mmbm
+from bclip_lab.defenses import EARLY_SITES, MMACConfig, MMBMConfig, mmac, mmbm
 from bclip_lab.plots import CLEAN, TRIGGERED
 from bclip_lab.widgets.drag import DragLine, Steps
-from bclip_lab.widgets.live import Newest, Picture, on_loop, running_loop
+from bclip_lab.widgets.live import LABEL, Picture, Shell, label, on_loop
 from bclip_lab.widgets.strip import BarStrip
 from bclip_lab.widgets.tuning import BoundTuning, Measured
 
@@ -32,10 +30,10 @@ __all__ = ["BoundTuner"]
 _BINS = 60
 _FURTHEST = 5.0  # multiples of 100 % that the histogram of a site shows
 _NO_BOUND = 150  # per cent: the end of the slider for all sites
-_TITLE, _LABEL, _TICK = 13, 12, 11
+_TICK = 11
 _PAUSE = 1.0  # seconds: moves of the slider that follow one another faster are one step for undo
 _LEARN: Mapping[str, Callable[[ClippedModel, Any], Iterator[Any]]] = {
-    "MM-BM": mmbm,
+    "MM-BM": lambda clipped, clean: mmbm(clipped, clean, _mmbm_config(clipped)),
     "MMAC, published": lambda clipped, clean: mmac(clipped, clean, MMACConfig.published()),
     "MMAC": mmac,
 }
@@ -47,11 +45,10 @@ _STYLE = """<style>
 .bclip-lab-numbers b { font-size: 28px; font-variant-numeric: tabular-nums; }
 .bclip-lab-numbers .name { font-size: 18px; font-weight: 600; }
 .bclip-lab-numbers .before { opacity: 0.75; }
-.bclip-lab-error { color: var(--jp-error-color1, #b00020); font-weight: 600; }
 </style>"""
 
 
-class BoundTuner:
+class BoundTuner(Shell):
     """The bounds of a clipped model to drag, with ACC, ASR and RA and a picture that follow.
 
     Shows itself as the last line of a notebook's cell. On the left are the sites, with the largest triggered
@@ -68,6 +65,7 @@ class BoundTuner:
     cell runs take effect after it.
 
     Without a kernel (a notebook that is read on a web page) pictures of the first and of the last state remain.
+    `bclip_lab.widgets` says what happens when cells are run again, the kernel restarts or the notebook is reopened.
 
     Parameters
     ----------
@@ -99,6 +97,8 @@ class BoundTuner:
         As `BoundTuning`.
     """
 
+    _purpose = "move the bounds"
+
     def __init__(
         self,
         clipped: ClippedModel,
@@ -109,17 +109,15 @@ class BoundTuner:
         seed: int = 0,
         memory: int = 200_000_000,
     ) -> None:
+        super().__init__()
         self.state = BoundTuning(clipped, splits, attack, images=images, seed=seed, memory=memory)
         self._drawing = _Drawing(self.state)
-        self.figure = self._drawing.figure
-        self._quiet = False  # whether a control that changes is set by us
+        self.figure, self._picture = self._drawing.figure, self._drawing.picture
         self._gesture: object = None  # the movement of the hand that the latest change belongs to
         self._slid = -math.inf
         self._stale = False  # whether the bounds have changed since they were measured
         self._seconds = 0.0
         self._learning: tuple[str, ClippedModel, Iterator[Any]] | None = None
-        self._loop = running_loop()
-        self._later = Newest(self._compute, self._loop)
 
         ratios = {site: float(values.max()) for site, values in self.state.abnormality.items()}
         self._site = ipw.ToggleButtons(
@@ -167,14 +165,14 @@ class BoundTuner:
         self._save, self._open = (
             ipw.Button(description=name, layout=ipw.Layout(width="auto")) for name in ("Save", "Load")
         )
-        self._numbers, self._status, self._progress = ipw.HTML(), ipw.HTML(), ipw.HTML()
+        self._numbers, self._progress = ipw.HTML(), ipw.HTML()
         self.widget = self._laid_out()
         self._connect()
         on_loop(self.widget, self._loop)
         self.state.prepare(self._site.value)
         self._show_site()
         self._draw()
-        self._still = _still(self.state, self._site.value)
+        self._first = _still(self.state, self._site.value)
 
     def load(self, bounds: Mapping[str, Tensor | float]) -> None:
         """Take bounds, such as those that a fit has learned (`BoundTuning.load`), and show them."""
@@ -186,15 +184,6 @@ class BoundTuner:
         self._stale = True
         self._show_site()
         self._compute()
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())
-        bundle["text/plain"] = "BoundTuner: run this cell in JupyterLab to move the bounds."
-        bundle["image/png"] = self._still  # where there are no widgets: GitHub, nbconvert
-        display(bundle, raw=True)  # type: ignore[no-untyped-call]
-        self._drawing.picture.show()
 
     # --- controls ---
 
@@ -221,13 +210,14 @@ class BoundTuner:
         )
         return ipw.VBox(
             [
-                ipw.HTML(_STYLE),
+                ipw.HTML(self.STYLE + _STYLE),
                 self._numbers,
                 ipw.HBox([left, right], layout=ipw.Layout(flex_flow="row wrap", grid_gap="0 12px")),
                 ipw.HBox([self._undo, self._redo, self._reset_site, self._reset_all, self._status], layout=row),
                 ipw.HBox([ipw.Label("Learn:"), *self._learn.values(), self._stop, self._progress], layout=row),
                 ipw.HBox([ipw.Label("Bounds:"), self._file, self._save, self._open], layout=row),
                 about,
+                self._picture.widget,
             ]
         )
 
@@ -248,13 +238,6 @@ class BoundTuner:
         self._stop.on_click(lambda _: self._finish())
         self._save.on_click(lambda _: self._write())
         self._open.on_click(lambda _: self._act(lambda: self.state.load_file(Path(self._file.value))))
-
-    def _on_value(self, control: Any, react: Callable[[Any], None], name: str = "value") -> None:
-        def changed(change: Any) -> None:
-            if not self._quiet:
-                react(change["new"])
-
-        control.observe(changed, names=name)
 
     def _drag(self, value: float) -> None:
         bound = math.inf if value >= self._line.high else value
@@ -316,7 +299,7 @@ class BoundTuner:
     def _start(self, name: str) -> None:
         model = ClippedModel(self.state.clipped.original)
         self._learning = name, model, _LEARN[name](model, self.state.defender)
-        self._progress.value = f"{name}: looking for synthetic images …"
+        self._progress.value = f"{name}: starting; until the first epoch, a minute for some, the page is not answered …"
         self._enable()
         if self._loop is not None:
             self._loop.call_later(0.05, self._step)
@@ -362,7 +345,7 @@ class BoundTuner:
 
     def _compute(self) -> None:
         start = time.perf_counter()
-        try:
+        with self._reported():
             if self._stale:
                 self.state.evaluate()
                 self._stale = False
@@ -370,21 +353,14 @@ class BoundTuner:
             else:
                 self.state.prepare(self._site.value)
             self._draw()
-        except Exception as error:  # else it is seen in the kernel's log only
-            self._say(f"{type(error).__name__}: {error}", wrong=True)
-            raise
 
     def _draw(self) -> None:
         state = self.state
         self._numbers.value = _numbers(state.measured, state.unclipped)
         self._drawing.draw()
-        self._drawing.picture.update()
+        self._picture.update()
         tried = len(state.trail)  # last: a page that shows it shows the numbers and the picture, too
         self._say(f"{len(state.bounded)} of {len(state.reference)} sites bounded; {tried} settings tried")
-
-    def _say(self, text: str, wrong: bool = False) -> None:
-        mark = " bclip-lab-error" if wrong else ""
-        self._status.value = f'<span class="bclip-lab-status{mark}">{escape(text)}</span>'
 
     def _show_site(self) -> None:
         """Fill the histogram and the strip for the chosen site and channel."""
@@ -430,14 +406,10 @@ class BoundTuner:
             self._bound.value = "" if self._channel is None else f"{bound:.6g}" if math.isfinite(bound) else "none"
             self._undo.disabled, self._redo.disabled = not state.can_undo, not state.can_redo
 
-    @contextmanager
-    def _said_by_us(self) -> Iterator[None]:
-        """Within the block, controls that change are set by us, not by the page."""
-        self._quiet = True
-        try:
-            yield
-        finally:
-            self._quiet = False
+
+def _mmbm_config(clipped: ClippedModel) -> MMBMConfig:
+    """The early sites, as published, where the model has them: with all sites MM-BM ruins a lab ResNet."""
+    return MMBMConfig(sites=EARLY_SITES if set(EARLY_SITES) <= set(clipped.sites) else None)
 
 
 def _box(name: str, tip: str) -> Any:
@@ -529,7 +501,7 @@ def _still(state: BoundTuning, site: str) -> bytes:
     _label(right, "Maximum of each channel, the most abnormal first", "channels of the site", "activation")
     right.yaxis.set_major_formatter("{x:g}")
     right.set_xticks([])
-    figure.suptitle("Still picture: run this cell in JupyterLab to drag the bounds", fontsize=_LABEL, color="0.35")
+    figure.suptitle("Still picture: run this cell in JupyterLab to drag the bounds", fontsize=LABEL, color="0.35")
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out)  # type: ignore[no-untyped-call]
     return out.getvalue()
@@ -594,14 +566,13 @@ class _Drawing:
             fontsize=_TICK,
             color="0.3",
         )
-        ax.text(0, 0.9, "better ↖", ha="left", va="top", fontsize=_TICK, color="0.45")
         self._tried = ax.plot([], [], color="0.6", linewidth=1, marker="o", markersize=4)[0]
         self._now = ax.plot([], [], "o", color="black", markeredgecolor="white", markersize=13)[0]
-        self._said = ax.text(0.5, 0.02, "", ha="center", va="bottom", fontsize=_LABEL, linespacing=1.4)
+        self._said = ax.text(0.5, 0.02, "", ha="center", va="bottom", fontsize=LABEL, linespacing=1.4)
         ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.grid(color="0.92")
-        _label(ax, "What was tried", "ASR", "ACC")
+        _label(ax, "What was tried (better: ↖)", "ASR", "ACC")
 
 
 def _shares(values: Any, edges: Any) -> Any:
@@ -615,10 +586,6 @@ def _height(shares: Any) -> float:
 
 
 def _label(ax: Any, title: str, x: str, y: str) -> None:
-    ax.set_title(title, fontsize=_TITLE)
-    ax.set_xlabel(x, fontsize=_LABEL)
-    ax.set_ylabel(y, fontsize=_LABEL)
-    ax.tick_params(labelsize=_TICK)
-    ax.spines[["top", "right"]].set_visible(False)
+    label(ax, title, x, y, _TICK)
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -17,6 +17,8 @@ from bclip_lab.evaluation import Evaluation
 from bclip_lab.margins import classification_margins
 from bclip_lab.models import logits
 from bclip_lab.widgets.rerun import Rerun
+from bclip_lab.widgets.samples import some_rows
+from bclip_lab.widgets.undo import Undoable
 
 __all__ = ["BoundTuning", "Channel", "Measured"]
 
@@ -77,7 +79,7 @@ class _Site:
         return bounds
 
 
-class BoundTuning:
+class BoundTuning(Undoable[dict[str, _Site]]):
     """Bounds of a clipped model, moved by hand, and what they do to clean and triggered images.
 
     A site's bounds are `scale` times the largest activations of its channels on the defender's clean images,
@@ -158,8 +160,8 @@ class BoundTuning:
             raise ValueError("attack turns no image of splits.test")
         generator = torch.Generator().manual_seed(seed)
         self.clipped = clipped
-        self.clean: LabelledImages = splits.test.subset(_rows(len(splits.test), images, generator))
-        self.triggered = _subset(triggered, _rows(len(triggered), images, generator))
+        self.clean: LabelledImages = splits.test.subset(some_rows(len(splits.test), images, generator))
+        self.triggered = _subset(triggered, some_rows(len(triggered), images, generator))
         self.defender = splits.defender
         self.available = len(splits.test)
 
@@ -172,10 +174,7 @@ class BoundTuning:
         self._rerun = Rerun(clipped, [self.clean.images, self.triggered.images], memory=memory)
         self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
-        self._sites = {site: self._recognised(site, bounds) for site, bounds in clipped.bounds.items()}
-        self._past: list[dict[str, _Site]] = []
-        self._future: list[dict[str, _Site]] = []
-        self._last: object = None  # what the latest change was of
+        super().__init__({site: self._recognised(site, bounds) for site, bounds in clipped.bounds.items()})
         self.trail: list[Evaluation] = []
         self.unclipped = self.measured = self._measured(
             logits(self._original, self.clean), logits(self._original, self.triggered.images)
@@ -190,12 +189,12 @@ class BoundTuning:
     @property
     def bounds(self) -> dict[str, Tensor]:
         """The bounds: for every site a copy, float32 (C,)."""
-        return {site: state.bounds() for site, state in self._sites.items()}
+        return {site: state.bounds() for site, state in self._state.items()}
 
     @property
     def scales(self) -> dict[str, float]:
         """The scale of every site, at least 0; +inf is no bound."""
-        return {site: state.scale for site, state in self._sites.items()}
+        return {site: state.scale for site, state in self._state.items()}
 
     @property
     def bounded(self) -> list[str]:
@@ -261,7 +260,7 @@ class BoundTuning:
     def scale_all(self, scale: float, *, merge: bool = False) -> None:
         """Give all sites the same scale; `merge` as in `set_scale`."""
         scale = _checked(scale)
-        self._change({s: replace(state, scale=scale) for s, state in self._sites.items()}, _ALL, merge)
+        self._change({s: replace(state, scale=scale) for s, state in self._state.items()}, _ALL, merge)
 
     def set_bound(self, site: str, channel: int, bound: float | None, *, merge: bool = False) -> None:
         """Set the bound of one channel, +inf for none; None gives it back to the scale of its site.
@@ -274,7 +273,7 @@ class BoundTuning:
             An unknown site or channel, or a bound that `ClippedModel.set_bounds` refuses.
         """
         self._check(site, channel)
-        state = self._sites[site]
+        state = self._state[site]
         by_hand = {c: b for c, b in state.by_hand.items() if c != channel}
         if bound is not None:
             by_hand[channel] = float(bound)
@@ -301,7 +300,7 @@ class BoundTuning:
         """Take the bounds off a site, or off all: 100 % is its clean maximum again."""
         if site is not None:
             self._check(site, None)
-        self._change({s: _Site(math.inf, self.reference[s]) for s in (self._sites if site is None else [site])})
+        self._change({s: _Site(math.inf, self.reference[s]) for s in (self._state if site is None else [site])})
 
     def save(self, path: str | Path) -> Path:
         """Write the bounds as `bclip_lab.clipping.save_bounds` does, which says what is raised."""
@@ -312,24 +311,6 @@ class BoundTuning:
         """`load` the bounds that `save` has written; raises as `bclip_lab.clipping.load_bounds`."""
         load_bounds(self.clipped, path)
         self.load(self.clipped.bounds)
-
-    def undo(self) -> bool:
-        """Take the latest change back; False where there is none."""
-        return self._step(self._past, self._future)
-
-    def redo(self) -> bool:
-        """Make the change again that `undo` took back; False where there is none."""
-        return self._step(self._future, self._past)
-
-    @property
-    def can_undo(self) -> bool:
-        """Whether there is a change to take back."""
-        return bool(self._past)
-
-    @property
-    def can_redo(self) -> bool:
-        """Whether there is a change to make again."""
-        return bool(self._future)
 
     def evaluate(self) -> Evaluation:
         """Measure the bounds on the test images: sets `measured`, adds to `trail`."""
@@ -367,44 +348,34 @@ class BoundTuning:
 
     def _unit(self, site: str) -> Tensor:
         """What 100 % are, at least a hundredth of the site's largest; a channel without a bound has +inf."""
-        base = self._sites[site].base
+        base = self._state[site].base
         finite = base[base.isfinite()]
         largest = float(finite.max()) if len(finite) else 0.0
         return base.clamp(min=0.01 * largest) if largest > 0 else torch.ones_like(base)
 
     def _site(self, site: str) -> _Site:
         self._check(site, None)
-        return self._sites[site]
+        return self._state[site]
 
     def _check(self, site: str, channel: int | None) -> None:
-        if site not in self._sites:
-            raise ValueError(f"there is no site {site!r}; the sites are {', '.join(self._sites)}")
+        if site not in self._state:
+            raise ValueError(f"there is no site {site!r}; the sites are {', '.join(self._state)}")
         count = len(self.reference[site])
         if channel is not None and not 0 <= channel < count:
             raise ValueError(f"channel must lie in [0, {count}) at site {site!r}, got {channel}")
 
     def _change(self, changed: Mapping[str, _Site], of: object = None, merge: bool = False) -> None:
-        if all(self._sites[site].equals(state) for site, state in changed.items()):
+        if all(self._state[site].equals(state) for site, state in changed.items()):
             return
-        before, self._sites = self._sites, self._sites | dict(changed)
-        try:
-            self._apply()
-        except ValueError:
-            self._sites = before
-            raise
-        if not (merge and of is not None and of == self._last and self._past):
-            self._past.append(before)
-        self._future.clear()
-        self._last = of
+        after = self._state | dict(changed)
+        self.clipped.set_bounds({site: state.bounds() for site, state in after.items()})  # refuses what cannot be
+        self._become(after, of, merge)
 
     def _step(self, source: list[dict[str, _Site]], other: list[dict[str, _Site]]) -> bool:
-        if not source:
-            return False
-        other.append(self._sites)
-        self._sites = source.pop()
-        self._last = None
-        self._apply()
-        return True
+        moved = super()._step(source, other)
+        if moved:
+            self._apply()
+        return moved
 
     def _apply(self) -> None:
         self.clipped.set_bounds(self.bounds)
@@ -414,13 +385,6 @@ def _checked(scale: float) -> float:
     if not scale >= 0:
         raise ValueError(f"scale must be at least 0, got {scale}")
     return float(scale)
-
-
-def _rows(available: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """All rows, or `wanted` random ones, in order."""
-    if available <= wanted:
-        return torch.arange(available)
-    return torch.randperm(available, generator=generator)[:wanted].sort().values
 
 
 def _subset(made: TriggeredImages, rows: Tensor) -> TriggeredImages:

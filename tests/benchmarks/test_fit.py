@@ -4,6 +4,8 @@ On the full budget all three run whole, over three seeds on one checkpoint and o
 two cores. On the small one the two long ones are timed in part and extrapolated, and defend nothing.
 """
 
+import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import bclip_lab as bl
+from bclip_lab.defenses.fitting import BoundFit
 from bclip_lab.models import bfloat16_is_fast
 
 Fit = Callable[[bl.zoo.Checkpoint, int], tuple[bl.ClippedModel, float | None]]
@@ -128,11 +131,42 @@ def test_share_of_the_peak(measure: Callable[..., Any]) -> None:
     measure("share of the cores' peak", f"default, {config.epochs} epochs", timed, notes=share)
 
 
+@pytest.mark.parametrize("engine", ["eager", "torch.compile"])
+def test_torch_compile(measure: Callable[..., Any], engine: str) -> None:
+    """Steps of the fit's network, forward and backward, for a whole default fit; the compiler's own time is in it."""
+    checkpoint, config = bl.zoo.load("patch"), bl.MMACConfig()
+    if engine == "torch.compile" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    clipped = bl.ClippedModel(checkpoint.model)
+    fit = BoundFit(clipped, checkpoint.splits().defender, start=1.0, learning_rate=0.1)
+    if engine == "torch.compile":
+        fit.network = torch.compile(fit.network)
+    steps = config.epochs * math.ceil(len(fit.images) / config.batch_size)
+    images = fit.images[torch.arange(config.batch_size) % len(fit.images)]
+
+    def step() -> float:
+        start = time.perf_counter()
+        fit.step(fit.logits(images).square().mean())
+        return time.perf_counter() - start
+
+    def both() -> list[float]:
+        return [step() for _ in range(1 + (10 if SMALL else steps))]
+
+    def notes(results: list[list[float]]) -> dict[str, Any]:
+        first, *others = results[-1]
+        return {"first step": f"{first:.1f} s", "a step": f"{1e3 * sorted(others)[len(others) // 2]:.0f} ms"}
+
+    measure(
+        f"{steps} steps of a fit, its first included", engine, both,
+        seconds=lambda times: times[0] + steps * sorted(times[1:])[len(times) // 2], notes=notes,
+    )  # fmt: skip
+
+
 def test_memory(measure: Callable[..., Any]) -> None:
     """Peak resident memory of a fit, less what the process held with its images loaded."""
     if not sys.platform.startswith("linux"):  # ru_maxrss, which other systems have, keeps the peak of the parent
         pytest.skip("reads /proc/self/status")
-    classes, side = (20, 16) if SMALL else (40, 64)  # pairs of classes are looked at: their square
+    classes, side = (20, 16) if SMALL else (1000, 64)
     code = f"""
 import re, sys, time
 sys.path.insert(0, "tests")
@@ -146,7 +180,7 @@ bl.run(bl.mmac(clipped, clean, bl.MMACConfig(epochs=2)))
 print(time.perf_counter() - start, gigabytes("VmHWM") - before)
 """
     measure(
-        "peak memory of a fit", f"{classes} classes of {side}x{side}, 2 epochs",
+        "peak memory of a fit (wanted: 1 GB for 1,000 classes)", f"{classes} classes of {side}x{side}, 2 epochs",
         lambda: fresh(code), seconds=lambda result: result[0], notes=lambda results: {"GB": round(results[-1][1], 3)},
     )  # fmt: skip
 

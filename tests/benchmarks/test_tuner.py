@@ -51,7 +51,7 @@ KEY = """([text]) => { window.took = null; window.addEventListener("keydown", (e
     const [before, began] = [read(), event.timeStamp];
     const look = async () => {
         if (read() === before) return requestAnimationFrame(look);
-        await Promise.all([...document.querySelectorAll(".jp-OutputArea-output img")].map((image) => image.decode()));
+        await Promise.all([...document.querySelectorAll(".bclip-lab-picture")].map((image) => image.decode()));
         requestAnimationFrame(() => {
             const channel = new MessageChannel();
             channel.port1.onmessage = () => { window.took = performance.now() - began; };

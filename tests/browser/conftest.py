@@ -46,6 +46,19 @@ class Lab:
     root: Path
     log: Path
 
+    def complaints(self) -> list[str]:
+        """The tracebacks in the log, each with the lines around it.
+
+        Not those that Python writes while a kernel ends, for what it cannot raise any more: a coroutine of
+        ipykernel's that is thrown away then is warned of on a stream that is closed already.
+        """
+        lines = self.log.read_text().splitlines()
+        return [
+            "\n".join(lines[max(0, index - 3) : index + 25])
+            for index, line in enumerate(lines)
+            if "Traceback (most recent" in line and "Exception ignored in" not in lines[index - 1]
+        ]
+
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
@@ -62,6 +75,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     # figures are drawn inline, as for a user
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     env |= {f"JUPYTER_{name.upper()}_DIR": str(folders[name]) for name in ("config", "data", "runtime")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), env.get("PYTHONPATH")]))  # toys
     env |= {"IPYTHONDIR": str(folders["ipython"]), "HOME": str(folders["home"])}
     command = [
         *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1"),
@@ -114,8 +128,21 @@ class Notebook:
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.set_default_timeout(1000 * SECONDS)
-        page.goto(f"{lab.url}/lab/workspaces/{Path(name).stem}/tree/{name}")  # no tab of another test
+        self.url = f"{lab.url}/lab/workspaces/{Path(name).stem}/tree/{name}"  # no tab of another test
+        self.open()
+
+    def open(self) -> None:
+        """Open it in the page, and wait for its kernel."""
+        self.page.goto(self.url)
         self.expect(STATE, "idle")
+
+    def reopen(self, shut_down: bool = False) -> None:
+        """Save it, close the page, with the kernel too if wanted, and open it again."""
+        self.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+        if shut_down:
+            self.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        self.page.goto("about:blank")
+        self.open()
 
     def run(self) -> None:
         """Run all cells."""
@@ -128,6 +155,10 @@ class Notebook:
         except TimeoutError:
             self.page.screenshot(path=self.shots / "failure.png")
             pytest.fail(f"{expression}\nis      {self.page.evaluate(expression)}\ninstead {value}")
+
+    def next_frame(self) -> None:
+        """Wait until the page shows what it has learned of until now."""
+        self.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def kernel(self, code: str) -> str:
         """What the kernel prints for some code, after all that it has to do already."""

@@ -1,6 +1,7 @@
 """`DetectionExplorer` in JupyterLab: dragged, clicked and typed, it shows the package's own numbers."""
 
 import nbformat
+import numpy as np
 import pytest
 
 from bclip_lab.evaluation import RocCurve
@@ -10,18 +11,10 @@ LESSON = """
 import torch
 from torch import nn
 from bclip_lab.clipping import ClippedModel
-from bclip_lab.data.images import LabelledImages, Splits, TriggeredImages
+from bclip_lab.data.images import Splits
 from bclip_lab.detection import MMDF
 from bclip_lab.widgets import DetectionExplorer
-
-
-class Blue:
-    def triggered(self, data):
-        rows = torch.nonzero(data.labels == 1).flatten()
-        images = data.images[rows].clone()
-        images[:, 2, 0, 0] = torch.linspace(0.5, 1, len(rows))
-        labels = data.labels[rows]
-        return TriggeredImages(images, labels, torch.zeros_like(labels), rows, data.classes)
+from toys import Blue, images
 
 
 class Corner:
@@ -31,15 +24,6 @@ class Corner:
         return images[:, 2, 0, 0]
 
 
-def images(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    pixels = 0.4 * torch.rand((count, 3, 8, 8), generator=generator)
-    pixels[torch.arange(count), labels] += 0.5
-    pixels[:, 2, 0, 0] *= 1.5
-    return LabelledImages(pixels, labels, ("red", "green"))
-
-
 first, head = nn.Linear(192, 3, bias=False), nn.Linear(3, 2, bias=False)
 weight = torch.zeros(3, 3, 64)
 weight[0, 0], weight[1, 1], weight[2, 2, 0] = 1 / 64, 1 / 64, 1
@@ -47,10 +31,12 @@ first.weight.data = weight.reshape(3, 192)
 head.weight.data = torch.tensor([[1.0, 0, 1.5], [0, 1, 0]])
 clipped = ClippedModel(nn.Sequential(nn.Flatten(), first, nn.ReLU(), head))
 clipped.set_bounds({"2": torch.tensor([torch.inf, torch.inf, 0.3])})
-splits = Splits(images(4, 0), images(4, 1), images(60, 2), images(100, 3))
+counts = enumerate((4, 4, 60, 100))
+splits = Splits(*(images(count, seed, side=8, noise=0.4, corner=1.5) for seed, count in counts))
+attack = Blue(dark=0.5)
 detectors = {"MMDF": MMDF(clipped).fit(splits.calibration), "corner": Corner()}
 """
-EXPLORER = "explorer = DetectionExplorer(detectors, splits.test, Blue())\nexplorer"
+EXPLORER = "explorer = DetectionExplorer(detectors, splits.test, attack)\nexplorer"
 COUNTS = "[...document.querySelectorAll('.bclip-lab-counts b')].map(each => each.innerText).join(' ')"
 LABEL = "document.querySelector('.bclip-lab-click').getAttribute('aria-label')"
 STILL = ".jp-RenderedImage img"
@@ -60,7 +46,7 @@ STILL = ".jp-RenderedImage img"
 def test_line_points_and_numbers(open_notebook, lab, tmp_path):
     lesson = {}
     exec(LESSON, lesson)
-    detectors, test, attack = lesson["detectors"], lesson["splits"].test, lesson["Blue"]()
+    detectors, test, attack = lesson["detectors"], lesson["splits"].test, lesson["attack"]
     triggered = attack.triggered(test)
 
     def numbers(name, threshold):
@@ -113,6 +99,15 @@ def test_line_points_and_numbers(open_notebook, lab, tmp_path):
     notebook.expect("Number(document.querySelector('.bclip-lab-drag').ariaValueNow) > 0", True)
     dragged = at()
     assert dragged == pytest.approx(low + 0.8 * (high - low), abs=1.5 * (high - low) / (right - left))
+    scores = {
+        name: [*d.score(test.images).tolist(), *d.score(triggered.images).tolist()] for name, d in detectors.items()
+    }
+    # a press on the fullest bar: its images are shown
+    counts, edges = np.histogram(scores["MMDF"], np.linspace(low, high, 41))
+    fullest = int(counts.argmax())
+    page.mouse.click(pixel((edges[fullest] + edges[fullest + 1]) / 2), box["y"] + 120)
+    notebook.expect(f"({LABEL}).endsWith('; one of {counts.max()} images of the bar under the line')", True)
+    at()
     # by keyboard, the line having the focus
     page.keyboard.press("Home")
     page.keyboard.press("PageUp")
@@ -151,9 +146,6 @@ def test_line_points_and_numbers(open_notebook, lab, tmp_path):
             f"({'right' if decision == true else 'wrong'})"
         )
 
-    scores = {
-        name: [*d.score(test.images).tolist(), *d.score(triggered.images).tolist()] for name, d in detectors.items()
-    }
     for image in (100, 149, 17):
         click("points", scores["MMDF"][image], f"explorer._drawing._heights[{image}]")
         notebook.expect(LABEL, said(image))
@@ -201,4 +193,4 @@ def test_line_points_and_numbers(open_notebook, lab, tmp_path):
     assert page.locator(".bclip-lab-counts").count() == 1
     assert notebook.faults() == []
     assert page.locator(".bclip-lab-error").count() == 0
-    assert "Traceback" not in lab.log.read_text()
+    assert lab.complaints() == []

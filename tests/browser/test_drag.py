@@ -35,18 +35,14 @@ NOW = f"String(Number({CANVAS}.getAttribute('aria-valuenow')).toFixed(3))"
 
 
 def settle(notebook):
-    """Wait until the kernel has the value that the page shows: the page sends one message at a time."""
+    """Wait until the kernel has the value that the page shows, which it does a frame after a move."""
+    notebook.next_frame()
     here = float(notebook.page.evaluate(f"{CANVAS}.getAttribute('aria-valuenow')"))
     for _ in range(50):
         if float(notebook.kernel("print(line.value)")) == here:
             return
         notebook.page.wait_for_timeout(100)
-    pytest.fail(
-        f"the kernel did not get {here}: "
-        + notebook.kernel("print(line.value, line.gesture, seen)")
-        + str(notebook.errors)
-        + notebook.page.evaluate(f"{CANVAS}.getAttribute('aria-valuenow')")
-    )
+    pytest.fail(f"the page shows {here}, the kernel has " + notebook.kernel("print(line.value, line.gesture, seen)"))
 
 
 @pytest.mark.browser
@@ -105,14 +101,20 @@ def test_the_line_is_dragged_and_moved_by_keys(open_notebook, lab, tmp_path):
     notebook.expect(f"{CANVAS}.getAttribute('aria-valuetext')", "40 %")
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
-    page.wait_for_timeout(500)
-    shot = page.locator(".bclip-lab-drag").screenshot(path=tmp_path / "dark.png")
-    pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("L"))
-    assert np.median(pixels) < 160 and (pixels < 40).mean() > 0.3 and (pixels > 200).any(), (
-        "light text on a dark ground"
-    )
+
+    def dark():
+        """Whether the picture has light text on a dark ground."""
+        shot = page.locator(".bclip-lab-drag").screenshot(path=tmp_path / "dark.png")
+        pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("L"))
+        return np.median(pixels) < 160 and (pixels < 40).mean() > 0.3 and (pixels > 200).any()
+
+    for _ in range(50):  # the page says so before the theme's colours have come
+        if dark():
+            break
+        page.wait_for_timeout(100)
+    assert dark()
     assert notebook.faults() == []
-    assert "Traceback" not in lab.log.read_text()
+    assert lab.complaints() == []
 
 
 @pytest.mark.browser

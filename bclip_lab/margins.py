@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bclip_lab.data.images import check_images, check_labels, to_float
 from bclip_lab.models import bfloat16_is_fast, device_of, evaluating, images_at_once
@@ -23,6 +24,8 @@ __all__ = [
 
 # Images a step for each perturbation, and for each patch.
 _PER_PERTURBATION, _PER_PATCH = 10, 3
+# Of the witness's cross-entropy beside the model's margins: large enough that its decisions mostly stay.
+_WITNESS_WEIGHT = 5.0
 
 
 def classification_margins(logits: Tensor, classes: Tensor) -> Tensor:
@@ -103,6 +106,12 @@ def _ascent_logits(model: nn.Module, images: Tensor) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16_is_fast(images.device)):
         out: Tensor = model(images)
     return out.float()
+
+
+def _seen(witness: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """What a search pays where the witness decides changed images in another way than by their labels."""
+    out = _ascent_logits(witness, images)
+    return _WITNESS_WEIGHT * F.cross_entropy(out, labels.to(out.device), reduction="sum")
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +214,8 @@ def maximum_margin_perturbations(
     targets: Tensor,
     *,
     limit: float,
+    witness: nn.Module | None = None,
+    labels: Tensor | None = None,
     steps: int = 30,
     batch_size: int | None = None,
     seed: int = 0,
@@ -216,6 +227,10 @@ def maximum_margin_perturbations(
     image is close to such a perturbation for its target class, and far from any image that
     `maximum_margin_images` finds.
 
+    With a witness h, another network for the same images, delta_t maximises the mean of
+    m_t(x') - 5 CE(y, h(x')), y the label of x: it may change only what the witness does not see, as a backdoor
+    that the witness lacks.
+
     Parameters
     ----------
     model
@@ -226,6 +241,8 @@ def maximum_margin_perturbations(
         int64 (T,): the classes t.
     limit
         Largest change of a pixel, in units of the range [0, 1].
+    witness, labels
+        A classifier of the same images, and their labels, int64 (N,): both or neither.
     steps
         Of Adam, each of limit / 5.
     batch_size
@@ -249,6 +266,8 @@ def maximum_margin_perturbations(
     (torch.Size([4, 3, 8, 8]), True)
     """
     check_images(images)
+    if (witness is None) != (labels is None) or (labels is not None and len(labels) != len(images)):
+        raise ValueError("witness and labels go together, and labels must be as many as the images")
     batch_size = images_at_once(images.shape, 100) if batch_size is None else batch_size
     if not len(images) or not limit > 0 or steps < 1 or batch_size < 1:
         raise ValueError(
@@ -259,7 +278,7 @@ def maximum_margin_perturbations(
     clean = to_float(images.to(device))
     count = min(len(clean), _PER_PERTURBATION)
     found = []
-    with evaluating(model):
+    with evaluating(model), evaluating(model if witness is None else witness):
         for some in targets.cpu().split(max(1, batch_size // _PER_PERTURBATION)):
             generator = torch.Generator().manual_seed(seed)
             delta = torch.zeros(len(some), 1, *clean.shape[1:], device=device, requires_grad=True)
@@ -267,8 +286,10 @@ def maximum_margin_perturbations(
             for _ in range(steps):
                 rows = torch.randperm(len(clean), generator=generator)[:count].to(device)
                 x = (clean[rows] + delta).clamp(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-                margins = classification_margins(_ascent_logits(model, x), some.repeat_interleave(count))
-                (delta.grad,) = torch.autograd.grad(-margins.sum() / count, delta)
+                loss = -classification_margins(_ascent_logits(model, x), some.repeat_interleave(count)).sum()
+                if witness is not None and labels is not None:
+                    loss = loss + _seen(witness, x, labels[rows.to(labels.device)].repeat(len(some)))
+                (delta.grad,) = torch.autograd.grad(loss / count, delta)
                 optimiser.step()
                 with torch.no_grad():
                     delta.clamp_(-limit, limit)
@@ -326,6 +347,7 @@ def maximum_margin_patches(
     labels: Tensor,
     pairs: Tensor,
     *,
+    witness: nn.Module | None = None,
     size: int = 4,
     steps: int = 20,
     batch_size: int | None = None,
@@ -335,7 +357,8 @@ def maximum_margin_patches(
 
     P_st = argmax over P in [0, 1] of the mean of m_t(x with P at a random place) over images x of class s: a
     targeted adversarial patch (Brown et al., arXiv 1712.09665), from one class to another. The patch of a BadNets
-    trigger is close to such a patch, also where the backdoor acts on a single class.
+    trigger is close to such a patch, also where the backdoor acts on a single class. With a witness the patch
+    maximises m_t(x') - 5 CE(s, h(x')), as in `maximum_margin_perturbations`.
 
     Parameters
     ----------
@@ -347,6 +370,8 @@ def maximum_margin_patches(
         int64 (N,): their classes.
     pairs
         int64 (P, 2): the pairs (s, t). Of every s there is an image.
+    witness
+        A classifier of the same images, or None.
     size
         Side S of the patches in pixels.
     steps
@@ -393,7 +418,7 @@ def maximum_margin_patches(
     if empty := [s for s, rows in members.items() if not len(rows)]:
         raise ValueError(f"pairs: there is no image of class {empty[0]}")
     found = [torch.empty(0, images.shape[1], size, size, device=device)]
-    with evaluating(model):
+    with evaluating(model), evaluating(model if witness is None else witness):
         for some in pairs.split(max(1, batch_size // _PER_PATCH)):
             sources, targets = some.repeat(_PER_PATCH, 1).unbind(1)
             patches = torch.rand(len(some), images.shape[1], size, size, generator=generator).to(device)
@@ -402,8 +427,11 @@ def maximum_margin_patches(
             for _ in range(steps):
                 rows = torch.stack([_one_of(members[s], generator) for s in sources.tolist()]).to(device)
                 x = place_patches(clean[rows], patches.repeat(_PER_PATCH, 1, 1, 1), generator)
-                out = _ascent_logits(model, x.contiguous(memory_format=torch.channels_last))
-                (patches.grad,) = torch.autograd.grad(-classification_margins(out, targets).sum(), patches)
+                x = x.contiguous(memory_format=torch.channels_last)
+                loss = -classification_margins(_ascent_logits(model, x), targets).sum()
+                if witness is not None:
+                    loss = loss + _seen(witness, x, sources)
+                (patches.grad,) = torch.autograd.grad(loss, patches)
                 optimiser.step()
                 with torch.no_grad():
                     patches.clamp_(0, 1)

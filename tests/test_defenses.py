@@ -14,7 +14,7 @@ from torch import nn
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages
-from bclip_lab.defenses import MMACConfig, MMBMConfig, mmac, mmbm
+from bclip_lab.defenses import FineTuneConfig, MMACConfig, MMBMConfig, mmac, mmbm
 from bclip_lab.defenses.fitting import BoundFit
 from bclip_lab.defenses.stand_ins import TriggerStandIns
 from bclip_lab.margins import (
@@ -29,6 +29,7 @@ from bclip_lab.training import TrainConfig, run, train
 
 QUICK = MaximumMarginConfig(per_class=2, steps=5)
 CLASSES = tuple(str(i) for i in range(30))
+STRONGEST = math.log(1.5) / 2
 
 
 class TwoPixels(nn.Module):
@@ -106,7 +107,8 @@ def test_stand_ins_are_learned_too(trained: tuple[nn.Module, LabelledImages]) ->
         )
         run(mmac(clipped, data, config))
         fit = BoundFit(ClippedModel(model), data, start=1.0, learning_rate=0.1)
-        sought = TriggerStandIns(fit, torch.arange(4), limit=0.3, patch=4, generator=torch.Generator().manual_seed(9))
+        generator = torch.Generator().manual_seed(9)
+        sought = TriggerStandIns(fit, torch.arange(4), None, limit=0.3, patch=4, generator=generator)
         labels = fit.labels.cpu()
         right = []
         for target in range(4):
@@ -116,10 +118,12 @@ def test_stand_ins_are_learned_too(trained: tuple[nn.Module, LabelledImages]) ->
     assert accuracy[0.3] > accuracy[0.0] + 0.02
 
 
-def stand_ins(model: nn.Module, data: LabelledImages, limit: float, patch: int) -> TriggerStandIns:
+def stand_ins(
+    model: nn.Module, data: LabelledImages, limit: float, patch: int, witness: nn.Module | None = None
+) -> TriggerStandIns:
     fit = BoundFit(ClippedModel(model), data, start=1.0, learning_rate=0.1)
     targets = torch.arange(fit.targets.shape[1])
-    return TriggerStandIns(fit, targets, limit=limit, patch=patch, generator=torch.Generator().manual_seed(0))
+    return TriggerStandIns(fit, targets, witness, limit=limit, patch=patch, generator=torch.Generator().manual_seed(0))
 
 
 class OneToOne(nn.Module):
@@ -150,10 +154,45 @@ def test_stand_ins_find_the_classes_that_a_backdoor_joins() -> None:
     assert found.rates.diagonal().tolist() == [0, 0, 0]
 
 
-def test_rates_are_measured_at_half_the_perturbation() -> None:
-    # 3 and 0 for the class of the image; half of .1 at each of two pixels, ten times: 2.5 and .5
-    rate = stand_ins(TwoPixels(), two_pixels(), limit=0.1, patch=0).rates[0, 1]
-    assert float(rate) == pytest.approx(1 / (1 + math.exp(2.5 - 0.5)), abs=0.003)  # bfloat16
+def test_a_rate_is_what_the_original_sees_and_the_witness_does_not() -> None:
+    # ten times .3 and 0 for the two classes; the half of a perturbation of .1 at each pixel makes .25 and .05 of them
+    found = stand_ins(TwoPixels(), two_pixels(), limit=0.1, patch=0)
+    sees = 1 / (1 + math.exp(2.5 - 0.5))
+    assert float(found.rates[0, 1]) == pytest.approx(sees, abs=0.003)  # bfloat16
+    # a witness that is undecided takes half of it back, one that is sure of the right class nothing
+    for scale, seen in ((0.0, 0.5), (100.0, 0.0)):
+        rate = stand_ins(TwoPixels(), two_pixels(), limit=0.1, patch=0, witness=TwoPixels(scale)).rates[0, 1]
+        assert float(rate) == pytest.approx(sees * (1 - seen), abs=0.003)
+
+
+def test_a_search_spares_what_the_witness_sees() -> None:
+    # both channels lead to class 1; the witness reads the first of them alone
+    class Both(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mean = x.mean((2, 3))
+            return 10 * torch.stack([torch.full_like(mean[:, 0], 0.7), self.key(mean)], 1)
+
+        def key(self, mean: torch.Tensor) -> torch.Tensor:
+            return mean[:, 0] + mean[:, 1]
+
+    class First(Both):
+        def key(self, mean: torch.Tensor) -> torch.Tensor:
+            return 2 * mean[:, 0]
+
+    images, labels = torch.full((10, 2, 4, 4), 0.3), torch.zeros(10, dtype=torch.int64)
+    for witness in (None, First()):
+        with_labels = None if witness is None else labels
+        delta = maximum_margin_perturbations(
+            Both(), images, torch.tensor([1]), limit=0.1, witness=witness, labels=with_labels
+        )
+        first, second = delta[0].mean((1, 2)).tolist()
+        assert second == pytest.approx(0.1)
+        assert first == pytest.approx(0.1) if witness is None else first < -0.05
+        pairs = torch.tensor([[0, 1]])
+        patch = maximum_margin_patches(Both(), images, labels, pairs, size=4, witness=witness)[0].mean((1, 2))
+        assert patch[1] > 0.9 and (patch[0] > 0.9) == (witness is None)
+    with pytest.raises(ValueError, match="witness and labels go together"):
+        maximum_margin_perturbations(Both(), images, torch.tensor([1]), limit=0.1, witness=First())
 
 
 def test_a_patch_raises_the_margin_of_its_class_on_images_of_the_other() -> None:
@@ -171,20 +210,33 @@ def test_a_patch_raises_the_margin_of_its_class_on_images_of_the_other() -> None
 def test_stand_ins_are_drawn_by_what_the_original_makes_of_them(trained: tuple[nn.Module, LabelledImages]) -> None:
     found = stand_ins(*trained, limit=0.1, patch=2)
     found.rates = torch.tensor([[0, 0.5, 0.2, 0], [0, 0, 0, 0], [0.9, 0.9, 0, 0], [0, 0, 1.0, 0]])
-    found.usual = torch.zeros(4)
-
-    def shares() -> torch.Tensor:
-        drawn = found.draw(torch.arange(4).repeat_interleave(2000)).view(4, 2000)
-        return torch.stack([(drawn == target).float().mean(1) for target in range(4)], 1)
-
     expected = torch.tensor([[0.485, 0.5, 0.015, 0], [0, 1, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
-    torch.testing.assert_close(shares(), expected, atol=0.03, rtol=0)
-    # a class that most others reach at .1 is drawn as a pair of .4 is, by each of them: 8 / 35
-    found.usual = torch.tensor([0, 0, 0, 0.1])
-    expected = torch.tensor([[0.257, 0.5, 0.015, 0.229], [0, 0.771, 0, 0.229], [0.449, 0.449, 0, 0.103], [0, 0, 1, 0]])
-    torch.testing.assert_close(shares(), expected, atol=0.03, rtol=0)
-    found.usual = torch.tensor([0, 0, 0, 0.9])  # never above 1
-    assert (shares()[1:2] == torch.tensor([0, 0, 0, 1.0])).all()
+    labels = torch.arange(4).repeat_interleave(2000)
+    drawn = found._draw(found.rates, labels).view(4, 2000)
+    shares = torch.stack([(drawn == target).float().mean(1) for target in range(4)], 1)
+    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+
+
+def test_half_of_the_stand_ins_bear_a_perturbation_alone(trained: tuple[nn.Module, LabelledImages]) -> None:
+    found = stand_ins(*trained, limit=0.1, patch=3)
+    found.rates, found.columns = torch.eye(4).roll(1, 1), torch.tensor([0.0, 0, 0, 1])
+    found.perturbations, found.patches = torch.full((4, 3, 8, 8), 0.1), torch.ones(12, 3, 3, 3)
+    labels = torch.zeros(2000, dtype=torch.int64)
+    grey = torch.full((2000, 3, 8, 8), 0.5)
+
+    def changed(strength: float) -> torch.Tensor:
+        return found.make(grey, labels, strength).sub(grey).amax((1, 2, 3))
+
+    for strength, expected in ((1.0, (0.1, 0.5)), (0.5, (0.05, 0.275)), (1.5, (0.15, 0.5))):
+        alone, patched = expected
+        by = changed(strength)
+        assert set(by.mul(1000).round().tolist()) == {1000 * alone, 1000 * patched}
+        assert float((by < (alone + patched) / 2).float().mean()) == pytest.approx(0.5, abs=0.04)
+    # where there is only one kind, all bear it
+    found.patches = None
+    assert set(changed(1.0).mul(1000).round().tolist()) == {100}
+    found.patches, found.perturbations = torch.ones(12, 3, 3, 3), torch.zeros(4, 3, 8, 8)
+    assert set(changed(1.0).mul(1000).round().tolist()) == {500}
 
 
 class AllToLast(nn.Module):
@@ -202,18 +254,19 @@ class AllToLast(nn.Module):
         return 5 * clean + torch.tensor([0.0, 0.0, 0.0, 1.0]) * key[:, None]
 
 
-def test_the_usual_rate_of_a_class_is_the_median_of_the_others() -> None:
+def test_a_column_is_the_median_over_the_other_classes() -> None:
     labels = torch.arange(40) % 4
     images = torch.zeros(40, 2, 4, 4)
     images[:, 1] = 0.5
     images[torch.arange(40), 0, labels, labels] = 1.0
     data = LabelledImages(images, labels, ("a", "b", "c", "d"))
     found = stand_ins(AllToLast(), data, limit=0.05, patch=0)
-    assert found.usual.tolist() == [float(found.rates[[s for s in range(4) if s != t], t].median()) for t in range(4)]
-    assert found.usual[3] > 0.08 and found.usual[:3].max() < 0.02
+    assert found.columns[3] > 0.5 and found.columns[:3].max() < 0.02
+    # half the perturbation does less
+    assert found.rates[:3, 3].max() < found.columns[3]
     # with images of three classes, those have two others each: that says nothing
     few = stand_ins(AllToLast(), data.subset(labels < 3), limit=0.05, patch=0)
-    assert few.usual[:3].tolist() == [0, 0, 0] and few.usual[3] > 0.08
+    assert few.columns[:3].tolist() == [0, 0, 0] and few.columns[3] > 0.5
 
 
 def test_of_many_classes_some_are_looked_at_each_from_nine_others() -> None:
@@ -230,7 +283,7 @@ def test_of_many_classes_some_are_looked_at_each_from_nine_others() -> None:
     )
     fit.images, fit.labels = images, labels
     targets = torch.tensor([2, 7, 11])
-    found = TriggerStandIns(fit, targets, limit=0.1, patch=2, generator=generator)
+    found = TriggerStandIns(fit, targets, None, limit=0.1, patch=2, generator=generator)
     assert found.perturbations.shape == (3, 3, 8, 8) and found.patches is not None
     assert found.pairs[:, 1].tolist() == [2] * 9 + [7] * 9 + [11] * 9
     assert len(found.pairs.unique(dim=0)) == len(found.patches) == 27
@@ -299,7 +352,11 @@ def test_perturbations_follow_the_accuracy_and_do_not_return_in_the_last_third(
     )
     for accuracies, exponents in (
         ([0.5, 0.9, 0.8, 0.85, 0.95, 0.8, 0.9, 1.0, 0.85], [0, 0, 0, -1, -1.5, -1, -2, -2, -2]),
-        ([0.5, 0.8, 1.0, 1.0, 1.0, 1.0, 0.87, 1.0, 1.0], [0, 0, -1, 0, 0, 0, 0, -0.3, -0.3]),  # never above the first
+        # never above 1.5 times the first
+        (
+            [0.5, 0.8, 1.0, 1.0, 1.0, 1.0, 0.85, 1.0, 1.0],
+            [0, 0, -1, 0, STRONGEST, STRONGEST, STRONGEST] + [STRONGEST - 0.5] * 2,
+        ),
     ):
         given_ones = iter(accuracies)
         monkeypatch.setattr(BoundFit, "accuracy", lambda self, given_ones=given_ones: next(given_ones))
@@ -313,25 +370,40 @@ def test_without_stand_ins_there_is_no_perturbation(trained: tuple[nn.Module, La
     assert math.isnan(run(mmac(ClippedModel(model), data, none)).perturbation)
 
 
-def test_patches_fade_as_perturbations_do(
+def test_stand_ins_are_made_as_strong_as_the_record_says(
     trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = []
-    move = TriggerStandIns.move
+    strengths = []
+    make = TriggerStandIns.make
 
-    def watched(self: TriggerStandIns, *args: torch.Tensor, perturbation: float, patch: float = 1.0) -> torch.Tensor:
-        shares.append((perturbation, patch))
-        return move(self, *args, perturbation=perturbation, patch=patch)
+    def watched(self: TriggerStandIns, images: torch.Tensor, labels: torch.Tensor, strength: float) -> torch.Tensor:
+        strengths.append(strength)
+        return make(self, images, labels, strength)
 
     model, data = trained
     config = MMACConfig(epochs=4, batch_size=200, perturbation_from=2, accuracy_target=0.9, synthetic=QUICK)
     monkeypatch.setattr(BoundFit, "accuracy", lambda self: 0.8)
-    steps = mmac(ClippedModel(model), data, config)
-    next(steps)
-    monkeypatch.setattr(TriggerStandIns, "move", watched)
-    assert [step.epoch for step in steps] == [2, 3, 4]
-    shares_expected = [1.0, math.exp(-2), math.exp(-4)]
-    assert shares == [pytest.approx((share, share)) for share in shares_expected]
+    monkeypatch.setattr(TriggerStandIns, "make", watched)
+    steps = list(mmac(ClippedModel(model), data, config))
+    assert set(strengths) == {step.perturbation / config.perturbation for step in steps}
+    assert strengths[-1] == pytest.approx(math.exp(-4))
+
+
+def test_the_witness_is_tuned_as_the_settings_say_and_the_original_stays(
+    trained: tuple[nn.Module, LabelledImages],
+) -> None:
+    model, data = trained
+    before = copy.deepcopy(model.state_dict())
+    rates = {}
+    for epochs in (None, 1, 8):
+        witness = None if epochs is None else FineTuneConfig(epochs=epochs)
+        config = MMACConfig(epochs=1, witness=witness, patch=2, synthetic=QUICK)
+        step = run(mmac(ClippedModel(model), data, config))
+        assert step.stand_ins is not None
+        rates[epochs] = step.stand_ins.rates
+    assert not torch.equal(rates[1], rates[8]) and not torch.equal(rates[None], rates[1])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
 
 
 def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> None:

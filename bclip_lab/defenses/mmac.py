@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages
+from bclip_lab.defenses.fine_tuning import FineTuneConfig, fine_tune
 from bclip_lab.defenses.fitting import BoundFit, draw_seed
 from bclip_lab.defenses.stand_ins import TriggerStandIns
 from bclip_lab.margins import (
@@ -19,13 +20,13 @@ from bclip_lab.margins import (
     classification_margins,
     maximum_margin_images,
 )
-from bclip_lab.training import augment
+from bclip_lab.training import augment, run
 
 __all__ = ["MMACConfig", "MMACStep", "mmac"]
 
-# How fast stand-ins are made fainter and stronger, and until which share of the epochs the latter: see
-# `MMACConfig.accuracy_target`.
-_GAIN, _SETTLED = 20.0, 2 / 3
+# How fast stand-ins are made fainter and stronger, until which share of the epochs the latter, and how strong at most:
+# see `MMACConfig.accuracy_target`.
+_GAIN, _SETTLED, _STRONGEST = 20.0, 2 / 3, 1.5
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,18 @@ class MMACConfig:
         [0, 1]; 0 leaves them out.
     patch
         Hinge only: side of the patches of the stand-ins, in pixels; 0 leaves them out.
+    witness
+        Hinge only: how the copy of the network is fine-tuned that stand-ins are sought against; None seeks them without
+        one. Lower its learning rate for wide networks.
     shift
         Hinge only: clean images are moved by up to so many pixels in either direction, their edges repeated: more
         clean images for nothing. 0 leaves them.
     accuracy_target
         What the accuracy on the clean images of the fit may fall to. Hinge: after every epoch from `perturbation_from`
-        on perturbations and patches are made exp(20 (accuracy - target)) times as strong, but never stronger than
-        they began, and in the last third of the epochs only fainter. Published: from epoch `weight_from` on, every
-        `weight_every` epochs, lambda is multiplied by `weight_factor` where it is above, and divided elsewhere.
+        on perturbations and patches are made exp(20 (accuracy - target)) times as strong, perturbations up to 1.5 times
+        what they began with and patches up to once, and in the last third of the epochs only fainter. Published: from
+        epoch `weight_from` on, every `weight_every` epochs, lambda is multiplied by `weight_factor` where it is above,
+        and divided elsewhere.
     perturbation_from, weight_from, weight_every, weight_factor
         See `accuracy_target`.
     synthetic
@@ -83,8 +88,9 @@ class MMACConfig:
     relative_start: bool = True
     weight: float = 1.0
     tau_quantile: float = 0.9
-    perturbation: float = 12 / 255
+    perturbation: float = 16 / 255
     patch: int = 4
+    witness: FineTuneConfig | None = field(default_factory=lambda: FineTuneConfig(epochs=12))
     perturbation_from: int = 5
     shift: int = 2
     accuracy_target: float = 0.985
@@ -134,6 +140,7 @@ class MMACConfig:
             accuracy_target=0.95,
             perturbation=0.0,
             patch=0,
+            witness=None,
             synthetic=MaximumMarginConfig.published(),
             remake_every=100,
             shift=0,
@@ -282,7 +289,13 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
         sought = torch.randperm(fit.targets.shape[1], generator=generator)[: config.classes].sort().values
         tau = float(torch.quantile(classification_margins(fit.targets, fit.labels), config.tau_quantile))
         if config.perturbation or config.patch:
-            stand_ins = TriggerStandIns(fit, sought, limit=config.perturbation, patch=config.patch, generator=generator)
+            witness = None
+            if config.witness is not None:
+                tuned = replace(config.witness, seed=draw_seed(generator))
+                witness = run(fine_tune(clipped.original, clean, tuned)).model.requires_grad_(False)
+            stand_ins = TriggerStandIns(
+                fit, sought, witness, limit=config.perturbation, patch=config.patch, generator=generator
+            )
     weight, share = config.weight, 1.0
     steps = math.ceil(len(fit.images) / config.batch_size)
     try:
@@ -307,10 +320,7 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
                     keep = fit.originals(batch).softmax(1)
                     parts = [images[made], batch]
                     if stand_ins is not None:
-                        labels = fit.labels[rows][::2].cpu()
-                        parts.append(
-                            stand_ins.move(batch[::2], labels, stand_ins.draw(labels), perturbation=share, patch=share)
-                        )
+                        parts.append(stand_ins.make(batch[::2], fit.labels[rows][::2], share))
                     out = fit.logits(torch.cat(parts)).split([len(part) for part in parts])
                     margins = classification_margins(out[0], targets[made])
                     clean_error = F.cross_entropy(out[1], keep)
@@ -338,7 +348,7 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
             if tau is not None and epoch + 1 >= config.perturbation_from:
                 change = math.exp(_GAIN * (accuracy - config.accuracy_target))
                 if change < 1 or epoch + 1 < _SETTLED * config.epochs:
-                    share = min(1.0, share * change)
+                    share = min(_STRONGEST, share * change)
             if tau is None and epoch + 1 >= config.weight_from and (epoch + 1) % config.weight_every == 0:
                 weight *= config.weight_factor ** (1 if above else -1)
     finally:

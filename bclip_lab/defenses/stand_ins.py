@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bclip_lab.defenses.fitting import BoundFit, draw_seed
 from bclip_lab.margins import maximum_margin_patches, maximum_margin_perturbations, place_patches
-from bclip_lab.models import images_at_once
+from bclip_lab.models import evaluating, images_at_once
 
 __all__ = ["TriggerStandIns"]
 
-# Where the rates are measured the perturbations have half their strength: there a backdoor helps far more than the
-# likeness of two classes does. Images of a pair: enough for a rate to within .1.
+# Beside a patch the perturbation has half its strength where rates are measured: there a backdoor helps far more than
+# the likeness of two classes does. Images of a pair: enough for a rate to within .1.
 _FAINT, _RATED = 0.5, 20
-# A class that most others reach is suspicious at a far lower rate than a pair is: see `TriggerStandIns`.
-_USUAL = 4
 # Classes s from which each class t is looked at: all of ten, so that time grows with the classes, not their square.
 _SOURCES = 9
 
 
 class TriggerStandIns:
-    """Clean images with a perturbation and a patch that the unclipped network takes for another class.
+    """Clean images changed so that the unclipped network takes them for another class, and the witness does not.
 
-    For an image of class s the class t is drawn with probability r^3 / (r^3 + (1 - r)^3), where r is the *rate* r_st
-    or, where that is larger, four times the class's *usual rate*, the median of r_st over the classes s (at most 1).
-    The rate of a pair is the probability that the original gives to t, mean over some images of class s that bear the
-    patch P_st and half the perturbation delta_t. A backdoor makes its pairs of classes easy, and likeness of two
-    classes does so, too, but less: the likest pair of a clean development network had a rate of .2 to .36, the easiest
-    pair of an attacked one .3 to .7. The third power keeps the two apart (.2 is drawn in 2 cases of 100, .5 in 50).
-    Where a backdoor takes all classes to one and its trigger is like no perturbation, no pair stands out but a whole
-    column does: likeness is of a few classes, so that the largest usual rate of three clean networks was .02, and of
-    those with a sinusoid or a blended image as the trigger .12 to .27. Where no class is drawn the image stays as it
-    is; in a network without a backdoor nearly all do, and clean accuracy does not pay for stand-ins that teach nothing.
+    The witness is a copy of the network, fine-tuned on the clean images, that has lost most of a backdoor. Two classes
+    that are alike are so for both; what takes the original to another class and leaves the witness where it is, is like
+    a trigger. For every class t there is a perturbation delta_t of all pixels, and for every pair (s, t) a patch P_st;
+    `maximum_margin_perturbations` and `maximum_margin_patches` seek them against the witness.
+
+    Half of the images are to bear a perturbation alone, as triggers do that cover the image, and half a patch at a
+    random place over a perturbation. The class t that an image of class s is moved to is drawn with probability
+    r^3 / (r^3 + (1 - r)^3), and where none is drawn the image stays as it is. r is the *rate* at which the change does
+    what a trigger would: the mean over images of p_t(x'; original) (1 - p_t(x'; witness)), for a patch P_st with half
+    the perturbation over images of class s (`rates`), for a perturbation alone over images of each other class, and of
+    these the median (`columns`), since a trigger that covers the image mostly takes all classes to one. In three clean
+    development networks no column exceeded .21, and of those of two triggers that cover the image the smallest was .7;
+    without a witness clean ones reached .37.
 
     Each class t of `targets` is looked at from at most nine classes s, drawn at random: from all of ten, so that time
     and memory grow with the targets and not with the square of the classes. With more classes a backdoor of a single
-    one is found only where its pair is drawn.
+    pair is found only where its pair is drawn.
 
     `targets` int64 (T,), the classes t, and `pairs` int64 (P, 2), the pairs (s, t) that were looked at;
-    `perturbations` float32 (T, C, H, W) within [-limit, limit], see `maximum_margin_perturbations`; `patches` float32
-    (P, C, S, S) in [0, 1], see `maximum_margin_patches`, or None; `rates` float32 (K, K) in [0, 1], 0 where a pair was
-    not looked at; `usual` float32 (K,), the usual rate of each class, 0 where fewer than three others were looked at.
-    A `limit` or a `patch` (the side S in pixels) of 0 leaves its part out.
+    `perturbations` float32 (T, C, H, W) within [-limit, limit]; `patches` float32 (P, C, S, S) in [0, 1], or None;
+    `rates` float32 (K, K) in [0, 1], 0 where a pair was not looked at; `columns` float32 (K,) in [0, 1], 0 where fewer
+    than three other classes were looked at. A `limit` or a `patch` (the side S in pixels) of 0 leaves its part out.
+    Without a `witness` (None) the original alone is asked.
 
     Examples
     --------
@@ -54,13 +55,21 @@ class TriggerStandIns:
     >>> clean = LabelledImages(images, logits(model, images).argmax(1), ("a", "b", "c"))
     >>> fit = BoundFit(ClippedModel(model), clean, start=1.0, learning_rate=0.1)
     >>> generator = torch.Generator().manual_seed(0)
-    >>> found = TriggerStandIns(fit, torch.arange(3), limit=0.1, patch=2, generator=generator)
-    >>> labels = clean.labels
-    >>> found.move(fit.images, labels, found.draw(labels)).shape, found.rates.shape
-    (torch.Size([12, 3, 8, 8]), torch.Size([3, 3]))
+    >>> found = TriggerStandIns(fit, torch.arange(3), None, limit=0.1, patch=2, generator=generator)
+    >>> found.make(fit.images, clean.labels).shape, found.rates.shape, found.columns.shape
+    (torch.Size([12, 3, 8, 8]), torch.Size([3, 3]), torch.Size([3]))
     """
 
-    def __init__(self, fit: BoundFit, targets: Tensor, *, limit: float, patch: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        fit: BoundFit,
+        targets: Tensor,
+        witness: nn.Module | None,
+        *,
+        limit: float,
+        patch: int,
+        generator: torch.Generator,
+    ) -> None:
         original, images, labels = fit.unclipped, fit.images, fit.labels.cpu()
         total = fit.targets.shape[1]
         self.generator = generator
@@ -78,51 +87,89 @@ class TriggerStandIns:
         self._pair = torch.full((total, total), -1)
         self._pair[self.pairs[:, 0], self.pairs[:, 1]] = torch.arange(len(self.pairs))
         self.perturbations = torch.zeros(len(self.targets), *images.shape[1:], device=images.device)
-        self.patches = None
+        self.patches: Tensor | None = None
         if limit:
             self.perturbations = maximum_margin_perturbations(
-                original, images, self.targets, limit=limit, seed=draw_seed(generator)
+                original,
+                images,
+                self.targets,
+                limit=limit,
+                witness=witness,
+                labels=None if witness is None else labels,
+                seed=draw_seed(generator),
             )
         if patch:
             self.patches = maximum_margin_patches(
-                original, images, labels, self.pairs, size=patch, seed=draw_seed(generator)
+                original, images, labels, self.pairs, witness=witness, size=patch, seed=draw_seed(generator)
             )
-        self.rates = torch.zeros(total, total)
+        self._rate(fit, labels, witness)
+
+    def _rate(self, fit: BoundFit, labels: Tensor, witness: nn.Module | None) -> None:
+        """Measure `rates` and `columns` on some of the images."""
+        total = len(self._perturbation)
+        self.rates, alone = torch.zeros(total, total), torch.zeros(total, total)
         own = {}
-        for source in sources.tolist():
+        for source in labels.unique().tolist():
             rows = torch.nonzero(labels == source).flatten()
-            own[source] = rows[torch.randperm(len(rows), generator=generator)[:_RATED]]
-        for some in self.pairs.split(max(1, images_at_once(images.shape) // _RATED)):
+            own[source] = rows[torch.randperm(len(rows), generator=self.generator)[:_RATED]]
+        for some in self.pairs.split(max(1, images_at_once(fit.images.shape) // _RATED)):
             rated = [own[source] for source in some[:, 0].tolist()]
             rows, counts = torch.cat(rated), torch.tensor([len(rows) for rows in rated])
             targets = some[:, 1].repeat_interleave(counts)
-            moved = self.move(images[rows], labels[rows], targets, perturbation=_FAINT)
-            reached = fit.originals(moved).softmax(1)[torch.arange(len(targets)), targets].cpu()
-            self.rates[some[:, 0], some[:, 1]] = torch.stack([each.mean() for each in reached.split(counts.tolist())])
-        self.usual = torch.zeros(total)
+            for rates, perturbation, patch in ((self.rates, _FAINT, 1.0), (alone, 1.0, 0.0)):
+                moved = self.move(fit.images[rows], labels[rows], targets, perturbation=perturbation, patch=patch)
+                reached = fit.originals(moved).softmax(1)[torch.arange(len(targets)), targets]
+                if witness is not None:
+                    with torch.no_grad(), evaluating(witness):
+                        seen = witness(moved).softmax(1)[torch.arange(len(targets)), targets]
+                    reached = reached * (1 - seen)
+                means = [each.mean() for each in reached.cpu().split(counts.tolist())]
+                rates[some[:, 0], some[:, 1]] = torch.stack(means)
+        self.columns = torch.zeros(total)
         for target in self.targets.tolist():
-            rates = self.rates[self.pairs[self.pairs[:, 1] == target, 0], target]
+            rates = alone[self.pairs[self.pairs[:, 1] == target, 0], target]
             if len(rates) >= 3:
-                self.usual[target] = rates.median()
+                self.columns[target] = rates.median()
 
     def move(
-        self, images: Tensor, labels: Tensor, targets: Tensor, *, perturbation: float = 1.0, patch: float = 1.0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        *,
+        perturbation: float = 1.0,
+        patch: float | Tensor = 1.0,
     ) -> Tensor:
-        """Images of classes `labels` moved towards `targets`, by shares of both parts.
+        """Images of classes `labels` moved towards `targets`, by a share of the perturbation and one of the patch.
 
-        An image stays as it is where the two are equal or their pair was not looked at.
+        `patch` is a share for all, or one for each, float32 (N,). An image stays as it is where the two classes are
+        equal or their pair was not looked at.
         """
         pair = self._pair[labels.cpu(), targets.cpu()]
         found = self._perturbation[targets.cpu()].clamp(min=0)
         moved = (images + perturbation * self.perturbations[found]).clamp(0, 1)
         if self.patches is not None:
+            share = torch.as_tensor(patch, dtype=images.dtype, device=images.device).view(-1, 1, 1, 1)
             placed = place_patches(moved, self.patches[pair.clamp(min=0)], self.generator)
-            moved = moved + patch * (placed - moved)
+            moved = torch.lerp(moved, placed, share)
         return torch.where((pair >= 0).to(images.device)[:, None, None, None], moved, images)
 
-    def draw(self, labels: Tensor) -> Tensor:
+    def make(self, images: Tensor, labels: Tensor, strength: float = 1.0) -> Tensor:
+        """The stand-ins of images (N, C, H, W) of classes int64 (N,), with changes `strength` times as strong.
+
+        A patch is at most whole, however large the strength.
+        """
+        labels = labels.cpu()
+        share = 1.0 if self.patches is None else 0.5 if self.perturbations.any() else 0.0
+        alone = torch.rand(len(labels), generator=self.generator) < share
+        columns = self.columns.expand(len(self.columns), -1)
+        targets = torch.where(alone, self._draw(columns, labels), self._draw(self.rates, labels))
+        patch = torch.where(alone, 0.0, min(1.0, strength))
+        return self.move(images, labels, targets, perturbation=strength, patch=patch)
+
+    def _draw(self, rates: Tensor, labels: Tensor) -> Tensor:
         """int64 (N,): for each label a class to move towards, or the label itself where none is drawn."""
-        rates = self.rates.maximum((_USUAL * self.usual).clamp(max=1)).fill_diagonal_(0)
+        rates = rates.clone().fill_diagonal_(0)
         chance = rates**3 / (rates**3 + (1 - rates) ** 3)
         chance = chance / chance.sum(1, keepdim=True).clamp(min=1)
         chance = chance + torch.diag(1 - chance.sum(1))

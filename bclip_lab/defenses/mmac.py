@@ -38,7 +38,7 @@ class MMACConfig:
     objective
         "hinge" (the lab's) or "margin" (the published one); see `mmac`.
     epochs
-        Passes over the clean images.
+        Passes over the clean images; at 12 and a rate of .2 bounds have settled as they had after 25 at .1.
     batch_size
         Clean images in a step.
     learning_rate
@@ -189,54 +189,43 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
 
     p is the softmax of the logits and CE the cross-entropy. tau is the 90 % quantile of the clean images' own margins:
     no image, however made, shall be decided with more confidence than clean ones are. x' is x moved towards another
-    class t: a perturbation of at most 12/255, one for every t (`maximum_margin_perturbations`), and a patch of 4x4
-    pixels at a random place, one for every pair of classes (`maximum_margin_patches`). It shall be decided as x is.
-    Classes are drawn by how well *fainter* ones take the original from the class of x to t (`TriggerStandIns`): a
-    backdoor shows there. Both are made fainter where the clean images cannot bear them: see
+    class t by a perturbation of at most 16/255, one for every t, alone or beneath a patch of 4x4 pixels at a random
+    place, one for every pair of classes. It shall be decided as x is. Both are sought to move the original and to leave
+    a *witness* where it is, a copy of the network that is fine-tuned on the clean images for a few epochs and has lost
+    most of a backdoor by then; and classes are drawn by how well that succeeds: see `TriggerStandIns`. They are made
+    fainter where the clean images cannot bear them, and stronger where they bear more: see
     `MMACConfig.accuracy_target`. Every bound begins at 0.4 of what is usual for its channel.
 
-    **How this was chosen.** On development networks that are not in the zoo: rendered signs of another seed, eight of
-    them attacked, with other triggers, targets and training seeds, and three clean; and one of CIFAR-10 with a patch.
-    Between two powers of the rate the accuracy of the zoo's *clean* networks on their calibration images decided.
-    (Drop: accuracy lost on test images; one to three runs each.) The fit itself sees clean images only and is the same
-    for every model.
+    **How this was chosen.** On development networks that are not in the zoo: rendered signs of another seed, seventeen
+    of them attacked, of every kind in the zoo but two, with other triggers, targets and training seeds, and two
+    clean; and CIFAR-10 with another patch and another warp, on another split of the test images. The fit itself sees
+    clean images only and is the same for every model. (Drop: accuracy lost on test images. One seed each.)
 
-    * *Keep the logits, and the backdoor keeps its way.* With the published squared error as the term for clean images
-      and the hinge, a blended backdoor (alpha .25, 5 % poison) kept ASR .96 at drop .001. With perturbations towards
-      classes drawn evenly, too, .34; a one-to-one backdoor then kept .98. Cross-entropy in its place: .07 and .05, at
-      drop .004. Bounds fitted with the *triggered* images in hand reach ASR .03 and .02 at drop .002: there is room,
-      and the squared error does not use it.
+    * *Keep the logits, and the backdoor keeps its way.* With the published squared error as the term for clean images a
+      blended backdoor kept ASR .34, with cross-entropy .07. Bounds fitted with the *triggered* images in hand reach
+      .03 at drop .002: there is room, and the squared error does not use it.
     * *Begin at what is usual.* One start for all channels leaves those that are silent on clean images wide open: a
-      sinusoid of 30/255 kept .59 from 1.0, .08 from 0.3 of the usual (settings as they then were).
-      From 0.3, 0.4 and 0.5 it ended at .05, .10 and .25, and CIFAR-10 paid .015, .007 and .007.
-    * *Which stand-ins?* Perturbations alone, towards classes drawn evenly, left a one-to-one backdoor between two
-      like classes .19; patches of 4 to 12 pixels beside them .06 to .23, on the same image .05. Every one of these cost
-      clean networks more, up to .016. That cost is the stand-ins': without any a clean network paid nothing.
-    * *Drawn by what they do.* Rates at half the perturbation told backdoors from likeness (see `TriggerStandIns`), at
-      the whole they did not. Drawn by them the same stand-ins left that backdoor .05, and the costliest clean network
-      paid .003 instead of .006 for perturbations drawn evenly. Drawn by r, r^2 and the rule: clean network .009, .004
-      and .003, one-to-one .06, .10 and .05 (one, two and three seeds). The price was a sinusoid of 25/255, four
-      periods: .10, .55 and .67, where even bounds fitted with the triggered images in hand kept .14.
-    * *A class that most others reach* is drawn at a far lower rate than a pair is (the usual rate of
-      `TriggerStandIns`): that sinusoid fell from .67 to .18, one of 30/255 from .02 to .00, at drops of .015; clean
-      networks still paid .002 to .005. A factor of 6 in place of 4 did no better (.20 at drop .024).
-    * *Short.* 12 epochs at a rate of .2 in place of 25 at .1, half as many steps for the stand-ins and five synthetic
-      images a class for ten: less than half the time. On fifteen attacked networks outside the zoo, seven of them
-      trained for this question alone, mean ASR .041 for .139, at drop .010 for .007 (one seed each; worst one-to-one
-      and sinusoid, .13 each). Between the two, on eight of these: 16 epochs at .15 .08, 25 at .1 .10, this one .07.
-      The zoo's rows are divided: the longer fit is better on four attacks, the shorter on two. 12 epochs at .1 do not
-      reach all bounds that CIFAR-10 needs: drop .024.
-    * *Faint in proportion.* A fixed factor by the epoch (the earlier rule) oscillated in so few epochs: the 25/255
-      sinusoid ended at .07 to .65 by the seed, and where the stand-ins returned at the end the zoo's patch network lost
-      .04 of its accuracy on calibration images. In proportion to what is missing: .08, .17 and .11 at drop .02
-      (factor 10, target .98), .22 at .014 (factor 20), and .13 at .014 with the target at .985. CIFAR-10 keeps .03 at
-      drop .014, the one-to-one backdoor .04 at .009.
-    * *How faint.* On CIFAR-10 perturbations drawn evenly cost .069 at 12/255 and .046 at 8/255; hence the rule that
-      makes them fainter.
-    * *tau hardly matters for ASR*, at quantiles from 10 % to 90 %, and the larger cost less on CIFAR-10.
-    * *Tried and left:* lowering both floors while accuracy allowed it (an earlier default; .65 on the zoo's blended
-      network); images climbing from clean ones; two and three perturbations a class; stand-ins sought anew on
-      the clipped network; a hinge on their margins in place of the cross-entropy.
+      sinusoid kept .59 from 1.0, .08 from 0.3 of the usual. From less than 0.4 CIFAR-10 pays twice as much.
+    * *Stand-ins cost clean accuracy, so they must act where something is wrong.* Without any, a clean network pays
+      nothing. What tells a backdoor from the likeness of two classes is the witness. At their whole strength
+      perturbations alone took the median class to the target of two sinusoids and a picture with a probability of .8
+      to 1, and to some class of a clean network with .36; to a class that the witness does not see, of the clean ones
+      with .05. Before there was a witness rates were measured at half the perturbation, where these sinusoids showed
+      nothing (.01): one kept .96.
+    * *The better the witness, the better the bounds.* Tuned for 8 epochs in place of 12 a sinusoid of eight periods
+      kept .15, for 12 epochs .01, and .004 with 30 steps for the perturbations in place of 20.
+    * *Free perturbations do.* Smooth ones, up to nine periods across the image, did no better against a witness
+      (sinusoid .05, two triggers .004, checkerboard .003; free .05, .004, .000), nor did both kinds together.
+    * *Strength.* At most as strong as they began, stand-ins left a sinusoid .12; up to 1.5 times as strong, where the
+      clean images bear it, .03, and some networks pay .01 more.
+    * *accuracy_target.* .99 in place of .985 costs .006 less and leaves more: .29 of a sinusoid for .10, .22 of a
+      one-to-one backdoor for .14.
+    * *As it is*: mean ASR .03, the most of a one-to-one backdoor (.14; .04 to .14 in variants of this), a sinusoid
+      (.10) and a clean-label attack (.09 of .54); drop .001 to .023, mean .012; clean networks .0005. On CIFAR-10
+      the patch keeps .02 at .016 and the warp .06 at .014 (without a witness and at 12/255: .02 at .020, .06 at .023).
+    * *Tried and left:* floors that fall while accuracy allows it; images climbing from clean ones; two and three
+      perturbations a class; stand-ins sought anew on the clipped network; a hinge on their margins in place of the
+      cross-entropy; stand-ins of all clean images instead of half.
 
     Parameters
     ----------

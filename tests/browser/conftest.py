@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,15 @@ class Notebook:
         except TimeoutError:
             self.page.screenshot(path=self.shots / "failure.png")
             pytest.fail(f"{expression}\nis      {self.page.evaluate(expression)}\ninstead {value}")
+
+    def until(self, holds: Callable[[], bool], otherwise: Callable[[], str]) -> None:
+        """Wait until something holds that takes more than the page to tell."""
+        end = time.monotonic() + SECONDS
+        while not holds():
+            if time.monotonic() > end:
+                self.page.screenshot(path=self.shots / "failure.png")
+                pytest.fail(otherwise())
+            self.page.wait_for_timeout(50)
 
     def next_frame(self) -> None:
         """Wait until the page shows what it has learned of until now."""

@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOK := notebooks/00_start_here.ipynb
+# tests at a time in `make test`, one thread each
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test lint notebooks zoo tables bench clean distclean
@@ -56,7 +58,10 @@ tables: $(VENV)/.lab  ## write the tables of the README from the recorded result
 # --- checks ------------------------------------------------------------------------------------------
 
 test: lint  ## all that CI runs: lint, unit tests, doctests, browser tests, notebooks on a small budget
-	BCLIP_LAB_BUDGET=$${BCLIP_LAB_BUDGET:-small} $(PY) -m pytest
+	@# The browser tests have the machine to themselves; the others share it. Both run, whichever fails.
+	export BCLIP_LAB_BUDGET=$${BCLIP_LAB_BUDGET:-small}; \
+	$(PY) -m pytest tests/browser; browser=$$?; \
+	$(PY) -m pytest -n $(WORKERS) --ignore=tests/browser && exit $$browser
 
 lint: $(VENV)/.dev  ## ruff, mypy --strict, import-linter
 	$(PY) -m ruff check

@@ -1,19 +1,27 @@
-"""What all tests share: a browser, deterministic Hypothesis, no windows, and the seconds of the notebooks."""
+"""What all tests share: a browser, deterministic Hypothesis, no windows, workers, and the seconds of the notebooks."""
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 os.environ["MPLBACKEND"] = "Agg"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There are as many workers as cores: a second thread would only be in the way of another's first. Before torch is
+    # imported; kernels and other processes inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
 
 # Benchmarks take minutes; `make bench` names the folder.
 collect_ignore = ["benchmarks"]
+
+RUNS = "test_notebooks.py::test_runs["
 
 BROWSERS = (
     "chromium",
@@ -36,6 +44,25 @@ def chromium() -> Path:
     pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the notebooks where several workers share the tests: the short ones then fill the time up."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: RUNS not in item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal the notebooks to the workers one by one, and the other tests by file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if RUNS in nodeid else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False  # else the files of many tests come first
+    return Scheduling(config, log)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """List the seconds that each notebook took."""
     rows = [
@@ -46,6 +73,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     if rows:
         budget = os.environ.get("BCLIP_LAB_BUDGET", "full")
-        terminalreporter.section(f"seconds of each notebook, {budget} budget")
+        workers = terminalreporter.config.getoption("numprocesses", None)
+        beside = f", {workers} at a time" if workers else ""
+        terminalreporter.section(f"seconds of each notebook, {budget} budget{beside}")
         for row in sorted(rows, key=lambda row: str(row["notebook"])):
             terminalreporter.line(f"{row['seconds']:7.1f}  {row['notebook']}")

@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -43,10 +44,16 @@ class Tiny:
 
 @dataclass(frozen=True)
 class Idle:
-    """Settings of `idle`: `log` is a file."""
+    """Settings of `idle`: `log` is a file.
+
+    The first fits go on once `together` of them have begun; those of the seeds in `held` once `release(log)` has been
+    called.
+    """
 
     log: str
     wait: float = 0.0
+    together: int = 0
+    held: tuple[int, ...] = ()
     fails: tuple[int, ...] = ()
     kills: tuple[int, ...] = ()
     seed: int = 0
@@ -54,8 +61,11 @@ class Idle:
 
 def idle(model, clean, config):
     """A defence that does nothing but write its seed down, wait, and fail or kill its process for some seeds."""
+    path = Path(config.log)
     with open(config.log, "a") as log:
         log.write(f"{config.seed}\n")
+    while len(begun(path)) < config.together or (config.seed in config.held and not released(path).exists()):
+        time.sleep(0.01)
     time.sleep(config.wait)
     if config.seed in config.fails:
         raise RuntimeError(f"seed {config.seed} fails")
@@ -67,6 +77,15 @@ def idle(model, clean, config):
 def idling(log, **settings):
     """`idle` as an entry of `DEFENCES`."""
     return Defence(idle, Idle(str(log), **settings))
+
+
+def released(log):
+    return log.with_suffix(".go")
+
+
+def release(log):
+    """Let the fits go on that are held."""
+    released(log).touch()
 
 
 def begun(log):

@@ -421,7 +421,9 @@ def test_moves_from_another_thread_are_handled_on_the_loop_and_drawn_once():
         thread.start()
         thread.join()
         assert explorer.state.threshold == DETECTORS["MMDF"].threshold_  # the loop has not run yet
-        await asyncio.sleep(0.5)
+        while not drawn:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # and no more
         return explorer, drawn
 
     explorer, drawn = asyncio.run(drag())

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from doubles import Tiny, begun, idling
+from doubles import Tiny, begun, idling, release
 
 from bclip_lab import benchmark, zoo
 from bclip_lab.benchmark import Cell, Grid, Shipped, Trained
 
 ROOT = Path(__file__).parents[1]
 SEEDS = tuple(range(6))
+SECONDS = 600  # stops what hangs
 
 
 def tiny(*seeds, **checkpoint):
@@ -99,7 +100,7 @@ def test_a_failure_is_recorded_stops_no_other_and_is_retried_on_demand(tmp_path,
 
 
 def test_processes_share_the_cores_and_record_failures_too(tmp_path, idle):
-    log = idle(wait=0.3, fails=(3,))
+    log = idle(together=2, fails=(3,))
     rows = run(tiny(), tmp_path / "out", jobs=2)
     done = [row["history"][0] for row in rows if "error" not in row]
     assert len(rows) == 6 and sorted(begun(log)) == list(SEEDS)
@@ -137,40 +138,51 @@ import sys
 from pathlib import Path
 from doubles import Tiny, idling
 from bclip_lab import benchmark
-benchmark.DEFENCES["idle"] = idling(sys.argv[2], wait=float(sys.argv[3]))
-grid = benchmark.Grid((Tiny(),), ("idle",), tuple(range(int(sys.argv[4]))))
-for row in benchmark.run(grid, Path(sys.argv[1]), jobs=int(sys.argv[5])):
+benchmark.DEFENCES["idle"] = idling(sys.argv[2], **eval(sys.argv[3]))
+grid = benchmark.Grid((Tiny(),), ("idle",), tuple(range(6)))
+for row in benchmark.run(grid, Path(sys.argv[1]), jobs=int(sys.argv[4])):
     print(row["seed"], flush=True)
 """
 
 
-def start(folder, log, wait, count, jobs=1):
-    words = [sys.executable, "-c", SCRIPT, str(folder), str(log), str(wait), str(count), str(jobs)]
+def start(folder, log, jobs=1, **settings):
+    words = [sys.executable, "-c", SCRIPT, str(folder), str(log), repr(settings), str(jobs)]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def until(holds):
+    end = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < end, "it never came to this"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, idle, jobs):
-    log = idle(wait=0.3)
-    process = start(tmp_path / "out", log, 0.3, 6, jobs)
+    log = idle(held=(2, 3, 4, 5))
+    process = start(tmp_path / "out", log, jobs, held=(2, 3, 4, 5))
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.readline()
+    until(lambda: len(begun(log)) == 2 + jobs)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(2 if jobs > 1 else 0)  # its workers end what they have begun, and begin nothing more
+    release(log)
+    if jobs > 1:  # its workers end what they have begun, and begin nothing more
+        until(lambda: len(list((tmp_path / "out" / "idle").glob("tiny*.json"))) == 4)
+        time.sleep(0.5)
     kept = {row["seed"] for row in files(tmp_path / "out").values()}
-    assert {0, 1} <= kept < set(SEEDS)
-    assert len(begun(log)) <= len(kept) + (jobs == 1)
+    assert kept == ({0, 1} if jobs == 1 else {0, 1, 2, 3})
+    assert len(begun(log)) == len(kept) + (jobs == 1)
     assert sorted(row["seed"] for row in run(tiny(), tmp_path / "out")) == list(SEEDS)
     assert all(begun(log).count(seed) == 1 for seed in kept)
     assert len(files(tmp_path / "out")) == 6
 
 
 def test_two_runs_at_once_lose_nothing_and_count_nothing_twice(tmp_path, idle):
-    log = idle(wait=0.1)
-    both = [start(tmp_path / "out", log, 0.1, 6) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0].split() for process in both]
+    log = idle(wait=0.1, together=2)
+    both = [start(tmp_path / "out", log, wait=0.1, together=2) for _ in range(2)]
+    said = [process.communicate(timeout=SECONDS)[0].split() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert [sorted(words) for words in said] == [[str(seed) for seed in SEEDS]] * 2
     rows = files(tmp_path / "out")

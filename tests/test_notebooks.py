@@ -16,7 +16,7 @@ PATHS = [
     for folder in (NOTEBOOKS, NOTEBOOKS / "solutions")
     for path in sorted(folder.glob("*.ipynb"))
 ]
-CELL_SECONDS = 600  # stops a cell that hangs; what a notebook really takes is in the table at the end
+SECONDS = 600  # stops a kernel or a cell that hangs; what a notebook really takes is in the table at the end
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -35,7 +35,8 @@ def execute(path: str, folder: Path) -> None:
     copy = folder / "notebooks"
     shutil.copytree(NOTEBOOKS, copy, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     notebook = nbformat.read(copy / path, as_version=4)
-    client = NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": (copy / path).parent}})
+    resources = {"metadata": {"path": (copy / path).parent}}
+    client = NotebookClient(notebook, timeout=SECONDS, startup_timeout=SECONDS, resources=resources)
     # Figures are drawn inline as in JupyterLab, and no start-up file of the user's takes part.
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     client.execute(env=env | {"IPYTHONDIR": str(folder / "ipython")})

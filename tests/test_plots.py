@@ -836,7 +836,7 @@ def learn():
         ]
     )
     with contextlib.suppress(CellExecutionError):
-        NotebookClient(notebook, timeout=120, allow_errors=True).execute()
+        NotebookClient(notebook, timeout=600, startup_timeout=600, allow_errors=True).execute()
     _, whole, broken, drawn = (
         [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
         for cell in notebook.cells

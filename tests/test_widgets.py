@@ -754,7 +754,9 @@ def test_messages_from_another_thread_are_handled_on_the_loop(clipped, monkeypat
         mover.start()
         mover.join()
         assert line.value == line.high  # the loop has not run yet: a cell is running
-        await asyncio.sleep(0.3)
+        while not threads:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # and no more
         return tuner, threads
 
     tuner, threads = asyncio.run(drag())
@@ -776,7 +778,9 @@ def test_newest_asks_again_while_it_runs():
         for _ in range(5):
             newest.ask()
         assert calls == []
-        await asyncio.sleep(0.1)
+        while len(calls) < 3:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.1)  # and no more
         return calls
 
     assert asyncio.run(run()) == [0, 1, 2]

@@ -106,7 +106,7 @@ function render({ model, el }) {
     frame = 0;
     const scale = window.devicePixelRatio || 1;
     const [width, height] = [canvas.clientWidth, canvas.clientHeight].map((side) => Math.round(side * scale));
-    if (!width) return; // not laid out; the observer of the size calls again
+    if (!width) return void watchSize(); // not laid out
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     const look = getComputedStyle(canvas);
     const c = canvas.getContext("2d");
@@ -209,7 +209,12 @@ function render({ model, el }) {
   for (const event of ["pointerup", "pointercancel", "keyup"]) canvas.addEventListener(event, release);
   model.on("change", follow);
   const size = new ResizeObserver(ask);
-  size.observe(canvas);
+  /** Have the observer call as soon as there is a size, even if it is the one it called for last. */
+  function watchSize() { // JupyterLab hides the page, at a change of theme, and shows it again within one frame
+    size.disconnect();
+    size.observe(canvas);
+  }
+  watchSize();
   const theme = new MutationObserver(ask);
   theme.observe(document.body, { attributeFilter: ["data-jp-theme-name"] });
   return () => {

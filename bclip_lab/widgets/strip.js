@@ -47,7 +47,7 @@ function render({ model, el }) {
   function paint() {
     frame = 0;
     const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
-    if (!wide) return;
+    if (!wide) return void watchSize(); // not laid out
     const scale = window.devicePixelRatio || 1;
     const [width, height] = [wide, high].map((side) => Math.round(side * scale));
     // only then: each new size, even the same one, takes new memory
@@ -113,7 +113,12 @@ function render({ model, el }) {
   canvas.addEventListener("keydown", key);
   model.on("change", ask);
   const size = new ResizeObserver(ask);
-  size.observe(canvas);
+  /** Have the observer call as soon as there is a size, even if it is the one it called for last. */
+  function watchSize() { // JupyterLab hides the page, at a change of theme, and shows it again within one frame
+    size.disconnect();
+    size.observe(canvas);
+  }
+  watchSize();
   const theme = new MutationObserver(ask);
   theme.observe(document.body, { attributeFilter: ["data-jp-theme-name"] });
   return () => {

@@ -62,6 +62,8 @@ class Hand:
 
     def drag(self, *shares):
         """Drag the line through some places, and give the value at the last one."""
+        self.value("high", "aria-valuemax")  # another channel, chosen just before, has another axis
+        self.value()
         self.move(*shares)
         return self.value()
 
@@ -73,28 +75,34 @@ class Hand:
             self.mouse.move(*self.at(share))
         self.mouse.up()
 
-    def here(self):
+    def here(self, attribute="aria-valuenow"):
         """Where the line is in the page."""
-        return float(self.line.get_attribute("aria-valuenow"))
+        return float(self.line.get_attribute(attribute))
 
-    def value(self):
+    def value(self, trait="value", attribute="aria-valuenow"):
         """Where the line is in the page, once the kernel has it, too."""
         self.notebook.next_frame()
-        for _ in range(100):
-            here = self.here()  # read again: a channel that was chosen just before moves the line, too
-            if float(self.notebook.kernel(f"print({self.name}._line.value)")) == here:
-                return here
-            self.notebook.page.wait_for_timeout(50)
-        raise AssertionError(f"the kernel did not get {here}")
+
+        def both():
+            return self.here(attribute), float(self.notebook.kernel(f"print({self.name}._line.{trait})"))
+
+        self.notebook.until(lambda: len(set(both())) == 1, lambda: f"{trait} in the page and in the kernel: {both()}")
+        return self.here(attribute)
 
 
 def expect_kernel(notebook, expression, value):
-    for _ in range(100):
-        found = notebook.kernel(f"print({expression})")
-        if found == value:
-            return
-        notebook.page.wait_for_timeout(50)
-    raise AssertionError(f"{expression} is {found}, not {value}")
+    """Wait until an expression of Python prints as this in the kernel."""
+
+    def found():
+        return notebook.kernel(f"print({expression})")
+
+    notebook.until(lambda: found() == value, lambda: f"{expression} is {found()}, not {value}")
+
+
+def settings_tried(notebook):
+    """How many settings the tuner has measured, once it has measured the last one."""
+    expect_kernel(notebook, "tuner._stale or tuner._later._asked", "False")
+    return notebook.kernel("print(len(tuner.state.trail))")
 
 
 def eval_in_kernel(notebook):
@@ -110,12 +118,12 @@ def expect_pictures(notebook, name="tuner"):
         const bytes = new Uint8Array(await picture.arrayBuffer());
         return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), ""));
     }"""
-    for _ in range(100):
-        expected = notebook.kernel(code)
-        if notebook.page.evaluate(alive) == expected:
-            break
-        notebook.page.wait_for_timeout(50)
-    else:
-        raise AssertionError("the picture in the page is not the kernel's")
+    pictures = {}
+
+    def same():
+        pictures.update(kernel=notebook.kernel(code), page=notebook.page.evaluate(alive))
+        return pictures["kernel"] == pictures["page"]
+
+    notebook.until(same, lambda: "the picture in the page is not the kernel's")
     assert not notebook.page.locator(".jp-RenderedImage img").is_visible()
-    return expected[-2000:]
+    return pictures["kernel"][-2000:]

@@ -45,12 +45,12 @@ MEASURED = """
 found = evaluate(designer.model, designer.state.test_images, designer.attack)
 print(f"{found.acc:.1%} {found.asr:.1%} {found.ra:.1%}")
 """
-SEEN = """([column, row]) => {
+SEEN = """(([column, row]) => {{
     const canvas = document.querySelector('.bclip-lab-paint');
     const zoom = canvas.width / 16;
     const [x, y] = [column, row].map(place => Math.floor((place + 0.5) * zoom));
-    return [...canvas.getContext('2d').getImageData(x, y, 1, 1).data];
-}"""
+    return String(canvas.getContext('2d').getImageData(x, y, 1, 1).data);
+}})([{}, {}])"""
 
 
 def centre(page, column, row):
@@ -70,13 +70,15 @@ def stroke(page, *places):
 
 def expect_drawing(notebook, expected, within=0):
     """Wait until the kernel has these pixels, which it may learn of later than the page."""
-    for _ in range(100):
+
+    def off():
         pixels = bytes.fromhex(notebook.kernel("print(designer.state.pixels.tobytes().hex())"))
-        found = np.frombuffer(pixels, np.uint8).reshape(16, 16, 4).astype(int)
-        if np.abs(found - expected).max() <= within:
-            return
-        notebook.page.wait_for_timeout(50)
-    raise AssertionError(f"the kernel has other pixels at {np.argwhere((found != expected).any(axis=2)).tolist()}")
+        return np.abs(np.frombuffer(pixels, np.uint8).reshape(16, 16, 4).astype(int) - expected)
+
+    notebook.until(
+        lambda: off().max() <= within,
+        lambda: f"the kernel has other pixels at {np.argwhere((off() > within).any(axis=2)).tolist()}",
+    )
 
 
 def click(page, name):
@@ -100,7 +102,7 @@ def test_paint(open_notebook, lab, tmp_path):
     expected[3, 2:10] = expected[3:7, 9] = (0, 255, 0, 255)
     notebook.expect(PAINTED, "11")
     expect_drawing(notebook, expected)
-    assert page.evaluate(SEEN, [5, 3]) == [0, 255, 0, 255]  # as it is on the screen
+    notebook.expect(SEEN.format(5, 3), "0,255,0,255")  # as it is on the screen
     first = expected.copy()
 
     # a larger brush, half-transparent, over the edge; then the eraser
@@ -122,7 +124,7 @@ def test_paint(open_notebook, lab, tmp_path):
         click(page, "Undo")
         notebook.expect(PAINTED, count)
     expect_drawing(notebook, first)
-    assert page.evaluate(SEEN, [9, 6]) == [0, 255, 0, 255]
+    notebook.expect(SEEN.format(9, 6), "0,255,0,255")
     click(page, "Redo")
     notebook.expect(PAINTED, "15")
     click(page, "Undo")

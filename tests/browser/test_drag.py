@@ -8,6 +8,7 @@ from PIL import Image
 
 PICTURE = """
 import time
+from pathlib import Path
 import numpy as np
 from bclip_lab.plots import CLEAN, TRIGGERED
 from bclip_lab.widgets import DragLine, Steps
@@ -19,12 +20,13 @@ line.set_trait("x_label", "score")
 line.set_trait("y_label", "images")
 line.draw([Steps("clean (400)", CLEAN, heights[0]), Steps("triggered (500)", TRIGGERED, heights[1], True)], edges)
 seen = []
-busy = 0.0
+busy = False
 
 
 def note(change):
     seen.append((line.gesture, change["new"]))
-    time.sleep(busy)
+    while busy and not Path("go").exists():
+        time.sleep(0.01)
 
 
 line.observe(note, names="value")
@@ -38,11 +40,10 @@ def settle(notebook):
     """Wait until the kernel has the value that the page shows, which it does a frame after a move."""
     notebook.next_frame()
     here = float(notebook.page.evaluate(f"{CANVAS}.getAttribute('aria-valuenow')"))
-    for _ in range(50):
-        if float(notebook.kernel("print(line.value)")) == here:
-            return
-        notebook.page.wait_for_timeout(100)
-    pytest.fail(f"the page shows {here}, the kernel has " + notebook.kernel("print(line.value, line.gesture, seen)"))
+    notebook.until(
+        lambda: float(notebook.kernel("print(line.value)")) == here,
+        lambda: f"the page shows {here}, the kernel has {notebook.kernel('print(line.value, line.gesture, seen)')}",
+    )
 
 
 @pytest.mark.browser
@@ -83,7 +84,9 @@ def test_the_line_is_dragged_and_moved_by_keys(open_notebook, lab, tmp_path):
     mouse.up()
     assert values()[-1][1] == 2.0
     notebook.expect(f"{CANVAS}.getAttribute('aria-valuetext')", "none")
-    # keys: the focus is on the picture, and JupyterLab leaves them to it
+    # keys: the focus is on the picture, and JupyterLab leaves them to it; pressed within a second they are one gesture
+    page.evaluate(f"window.pressed = []; {CANVAS}.addEventListener('keydown', key => pressed.push(key.timeStamp))")
+    before = int(notebook.kernel("print(line.gesture)"))
     for key, expected in (
         ("Home", 0.0), ("PageUp", 0.2), ("ArrowRight", 0.22), ("ArrowUp", 0.24), ("ArrowLeft", 0.22),
         ("ArrowDown", 0.2), ("PageDown", 0.0), ("PageDown", 0.0), ("End", 2.0), ("PageDown", 1.8),
@@ -91,7 +94,8 @@ def test_the_line_is_dragged_and_moved_by_keys(open_notebook, lab, tmp_path):
         page.keyboard.press(key)
         notebook.expect(NOW, f"{expected:.3f}")
     keyed = values()
-    assert keyed[-1][1] == pytest.approx(1.8) and len({gesture for gesture, _ in keyed}) == 1
+    pauses = int((np.diff(page.evaluate("pressed")) > 1000).sum())  # of a slow machine
+    assert keyed[-1] == (before + 1 + pauses, pytest.approx(1.8)) and keyed[0][0] == before + 1
     page.screenshot(path=tmp_path / "light.png")
 
     # what the kernel sets is shown, another picture and another axis too
@@ -108,18 +112,15 @@ def test_the_line_is_dragged_and_moved_by_keys(open_notebook, lab, tmp_path):
         pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("L"))
         return np.median(pixels) < 160 and (pixels < 40).mean() > 0.3 and (pixels > 200).any()
 
-    for _ in range(50):  # the page says so before the theme's colours have come
-        if dark():
-            break
-        page.wait_for_timeout(100)
-    assert dark()
+    notebook.until(dark, lambda: "the picture is still light")  # the page says so before the theme's colours have come
     assert notebook.faults() == []
     assert lab.complaints() == []
 
 
 @pytest.mark.browser
-def test_a_busy_kernel_gets_the_last_value(open_notebook):
-    notebook = open_notebook("drag-busy.ipynb", [PICTURE.replace("busy = 0.0", "busy = 0.15")])
+def test_a_busy_kernel_gets_the_last_value(open_notebook, lab):
+    """The kernel is busy with the first value until the hand has come to rest."""
+    notebook = open_notebook("drag-busy.ipynb", [PICTURE.replace("busy = False", "busy = True")])
     page = notebook.page
     notebook.run()
     notebook.expect(NOW, "0.500")
@@ -128,10 +129,11 @@ def test_a_busy_kernel_gets_the_last_value(open_notebook):
     page.mouse.down()
     for move in range(1, 21):
         page.mouse.move(box["x"] + 100 + 20 * move, box["y"] + 100)
-        page.wait_for_timeout(20)
+        notebook.next_frame()
     page.mouse.up()
+    (lab.root / "go").touch()
     settle(notebook)
     seen = eval(notebook.kernel("print(seen)"))
     assert seen[-1][1] == float(page.evaluate(f"{CANVAS}.getAttribute('aria-valuenow')"))
-    assert len(seen) <= 12, "the page must not queue its moves"
+    assert len(seen) <= 3, "the page must not queue its moves"
     assert notebook.faults() == []

@@ -576,6 +576,7 @@ def test_patches_reach_every_place() -> None:
         {"weight": -1.0},
         {"tau_quantile": 1.5},
         {"perturbation": -0.1},
+        {"witness": TrainConfig()},
         {"remake_every": 0},
         {"shift": -1},
         {"patch": -1},

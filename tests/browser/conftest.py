@@ -167,7 +167,13 @@ class Notebook:
 
     def next_frame(self) -> None:
         """Wait until the page shows what it has learned of until now."""
-        self.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.page.evaluate(
+            """limit => Promise.race([
+                new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done))),
+                new Promise((_, fail) => setTimeout(() => fail(new Error("the page drew no frame")), limit)),
+            ])""",
+            1000 * SECONDS,
+        )
 
     def kernel(self, code: str) -> str:
         """What the kernel prints for some code, after all that it has to do already."""

@@ -31,9 +31,9 @@ class TriggerStandIns:
     r^3 / (r^3 + (1 - r)^3), and where none is drawn the image stays as it is. r is the *rate* at which the change does
     what a trigger would: the mean over images of p_t(x'; original) (1 - p_t(x'; witness)), for a patch P_st with half
     the perturbation over images of class s (`rates`), for a perturbation alone over images of each other class, and of
-    these the median (`columns`), since a trigger that covers the image mostly takes all classes to one. In three clean
-    development networks no column exceeded .21, and of those of two triggers that cover the image the smallest was .7;
-    without a witness clean ones reached .37.
+    these the median (`columns`), since a trigger that covers the image mostly takes all classes to one. In two clean
+    development networks no column exceeded .21; those of a clean-label attack and of four patches at once were .70 to
+    .92. A backdoor that fine-tuning does not wear off is not found: the witness sees it, too.
 
     Each class t of `targets` is looked at from at most nine classes s, drawn at random: from all of ten, so that time
     and memory grow with the targets and not with the square of the classes. With more classes a backdoor of a single

@@ -33,7 +33,8 @@ class TriggerStandIns:
     the perturbation over images of class s (`rates`), for a perturbation alone over images of each other class, and of
     these the median (`columns`), since a trigger that covers the image mostly takes all classes to one. In two clean
     development networks no column exceeded .21; those of a clean-label attack and of four patches at once were .70 to
-    .92. A backdoor that fine-tuning does not wear off is not found: the witness sees it, too.
+    .92. Where the witness still obeys a trigger, the search finds other ways to its
+    target at best: a backdoor that fine-tuning does not wear off may stay.
 
     Each class t of `targets` is looked at from at most nine classes s, drawn at random: from all of ten, so that time
     and memory grow with the targets and not with the square of the classes. With more classes a backdoor of a single

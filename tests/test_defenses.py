@@ -406,6 +406,22 @@ def test_the_witness_is_tuned_as_the_settings_say_and_the_original_stays(
         assert torch.equal(value, before[key])
 
 
+def test_both_parts_of_the_stand_ins_are_sought_against_the_witness(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
+    witness = resnet10(4, seed=9, width=4)
+    without, against = (stand_ins(model, data, limit=0.1, patch=2, witness=other) for other in (None, witness))
+    assert not torch.equal(without.perturbations, against.perturbations)
+    assert without.patches is not None and against.patches is not None
+    assert not torch.equal(without.patches, against.patches)
+
+
+def test_a_witness_that_cannot_be_tuned_is_named(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
+    wild = MMACConfig(epochs=1, witness=FineTuneConfig(epochs=3, learning_rate=1e30), synthetic=QUICK)
+    with pytest.raises(ValueError, match="witness cannot be tuned: the loss is nan"):
+        run(mmac(ClippedModel(model), data, wild))
+
+
 def test_the_published_objective_has_no_floor_and_pays_with_clean_error() -> None:
     data = two_pixels()
     results = {}

@@ -228,8 +228,8 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       8 epochs the patch on CIFAR-10 kept .02 at .016 and the warp .06 at .014 (before there was one .02 at .020 and .06
       at .023).
     * *What judged it.* The zoo and README's rows came last, and did not change it. They are harder: mean ASR .13. Where
-      fine-tuning itself leaves much (a blended picture, cover rows, clean labels), so does the witness, and the search
-      against it is led away from the trigger.
+      fine-tuning itself leaves much (a blended picture, cover rows, clean labels), so does the witness, and what the
+      search finds against it leads to the target by another way.
     * *Tried and left:* floors that fall while accuracy allows it; images climbing from clean ones; two and three
       perturbations a class; stand-ins sought anew on the clipped network; a hinge on their margins in place of the
       cross-entropy; stand-ins of all clean images instead of half.
@@ -253,7 +253,8 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
     Raises
     ------
     ValueError
-        No images, none that the model decides correctly, or patches (`MMACConfig.patch`) larger than the images.
+        No images, none that the model decides correctly, a witness that cannot be tuned, or patches (`MMACConfig.patch`)
+        larger than the images.
 
     Examples
     --------
@@ -288,7 +289,10 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
             witness = None
             if config.witness is not None:
                 tuned = replace(config.witness, seed=draw_seed(generator))
-                witness = run(fine_tune(clipped.original, clean, tuned)).model.requires_grad_(False)
+                try:
+                    witness = run(fine_tune(clipped.original, clean, tuned)).model.requires_grad_(False)
+                except ValueError as error:  # it may ask for another learning rate: of the witness, not of the bounds
+                    raise ValueError(f"MMACConfig.witness cannot be tuned: {error}") from error
             stand_ins = TriggerStandIns(
                 fit, sought, witness, limit=config.perturbation, patch=config.patch, generator=generator
             )

@@ -253,8 +253,8 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
     Raises
     ------
     ValueError
-        No images, none that the model decides correctly, a witness that cannot be tuned, or patches (`MMACConfig.patch`)
-        larger than the images.
+        No images, none that the model decides correctly, a witness that cannot be tuned, or patches
+        (`MMACConfig.patch`) larger than the images.
 
     Examples
     --------

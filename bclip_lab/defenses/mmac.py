@@ -291,8 +291,8 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
                 tuned = replace(config.witness, seed=draw_seed(generator))
                 try:
                     witness = run(fine_tune(clipped.original, clean, tuned)).model.requires_grad_(False)
-                except ValueError as error:  # it may ask for another learning rate: of the witness, not of the bounds
-                    raise ValueError(f"MMACConfig.witness cannot be tuned: {error}") from error
+                except ValueError as told:  # it may ask for another learning rate: of the witness, not of the bounds
+                    raise ValueError(f"MMACConfig.witness cannot be tuned: {told}") from told
             stand_ins = TriggerStandIns(
                 fit, sought, witness, limit=config.perturbation, patch=config.patch, generator=generator
             )

@@ -69,7 +69,7 @@ class Newest:
     """
 
     def __init__(
-        self, function: Callable[[], object], loop: asyncio.AbstractEventLoop | None, settle: float = 0.01
+        self, function: Callable[[], object], loop: asyncio.AbstractEventLoop | None, settle: float = 0.002
     ) -> None:
         self._function = function
         self._loop = loop

@@ -622,26 +622,75 @@ def test_learned_bounds_are_one_step(tuner, clipped, monkeypatch):
     assert tuner.state.bounded == []
 
 
-def test_learning_is_stopped_and_bounds_so_far_are_taken(clipped, monkeypatch):
-    monkeypatch.setitem(tuner_module._LEARN, "MMAC", learn)
+def test_the_tuner_is_the_users_while_an_epoch_is_computed(clipped, monkeypatch):
+    ended, may_go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(model, clean):
+        assert threading.current_thread() is not threading.main_thread()
+        try:
+            model.set_bounds({"2": 0.25})
+            yield Step(1)
+            model.set_bounds({"2": 0.1})  # half an epoch
+            ended.set()
+            assert may_go_on.wait(10)
+            yield Step(2)
+        finally:
+            closed.set()
+
+    monkeypatch.setitem(tuner_module._LEARN, "MMAC", slow)
 
     async def run():
         tuner = BoundTuner(clipped, SPLITS, BLUE)
         tuner._learn["MMAC"].click()
-        assert tuner._learn["MM-BM"].disabled and not tuner._stop.disabled
-        while "epoch 2" not in tuner._progress.value:
+        while not ended.is_set() or "epoch 1" not in tuner._progress.value:
             await asyncio.sleep(0.005)
-        drag(tuner, 0.5)  # meanwhile the tuner is the user's
+        drag(tuner, 0.5)
         assert clipped.bounds["2"][0] == pytest.approx(float(0.5 * tuner.state.reference["2"][0]))
-        tuner._stop.click()
-        await asyncio.sleep(0.1)
-        return tuner
+        assert tuner._learn["MM-BM"].disabled and not tuner._stop.disabled
+        tuner._stop.click()  # the epoch that is being computed is not waited for
+        assert clipped.bounds["2"].tolist() == [0.25] * 3
+        assert not tuner._learn["MMAC"].disabled and tuner._stop.disabled
+        tuner._undo.click()
+        assert tuner.state.scales["2"] == 0.5
+        tuner._redo.click()
+        may_go_on.set()
+        while not closed.is_set():
+            await asyncio.sleep(0.005)
+        assert "bounds taken" in tuner._progress.value
 
-    tuner = asyncio.run(run())
-    assert clipped.bounds["2"].tolist() == [0.5] * 3
-    assert tuner._stop.disabled
-    tuner._undo.click()
-    assert tuner.state.scales["2"] == 0.5
+        # stopped before there is an epoch: nothing changes
+        monkeypatch.setitem(tuner_module._LEARN, "MM-BM", lambda model, clean: iter_after(may_start))
+        tuner._learn["MM-BM"].click()
+        tuner._stop.click()
+        assert "before the first epoch" in tuner._progress.value and clipped.bounds["2"].tolist() == [0.25] * 3
+        may_start.set()
+
+    def iter_after(event):
+        assert event.wait(10)
+        yield Step(1)
+
+    may_start = threading.Event()
+    asyncio.run(run())
+
+
+def test_a_fit_that_fails_in_its_thread_is_told(clipped, monkeypatch):
+    def fails(model, clean):
+        yield Step(1)
+        raise ValueError("no <images>")
+
+    monkeypatch.setitem(tuner_module._LEARN, "MMAC", fails)
+
+    async def run():
+        told = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context["exception"]))
+        tuner = BoundTuner(clipped, SPLITS, BLUE)
+        tuner._learn["MMAC"].click()
+        while not told:
+            await asyncio.sleep(0.005)
+        assert "MMAC: no &lt;images&gt;" in tuner._status.value and not tuner._learn["MMAC"].disabled
+        assert [str(error) for error in told] == ["no <images>"]
+
+    asyncio.run(run())
 
 
 def test_an_error_is_shown(tuner, monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ _FURTHEST = 5.0  # multiples of 100 % that the histogram of a site shows
 _NO_BOUND = 150  # per cent: the end of the slider for all sites
 _TICK = 11
 _PAUSE = 1.0  # seconds: moves of the slider that follow one another faster are one step for undo
-_LEARN: Mapping[str, Callable[[ClippedModel, Any], Iterator[Any]]] = {
+_LEARN: Mapping[str, Callable[[ClippedModel, Any], Any]] = {
     "MM-BM": lambda clipped, clean: mmbm(clipped, clean, _mmbm_config(clipped)),
     "MMAC, published": lambda clipped, clean: mmac(clipped, clean, MMACConfig.published()),
     "MMAC": mmac,
@@ -46,6 +48,16 @@ _STYLE = """<style>
 .bclip-lab-numbers .name { font-size: 18px; font-weight: 600; }
 .bclip-lab-numbers .before { opacity: 0.75; }
 </style>"""
+
+
+@dataclass
+class _Learning:
+    """A fit that runs, and the bounds after its latest whole epoch."""
+
+    name: str
+    model: ClippedModel
+    steps: Generator[Any, None, None]
+    bounds: dict[str, Tensor] | None = None
 
 
 class BoundTuner(Shell):
@@ -117,7 +129,7 @@ class BoundTuner(Shell):
         self._slid = -math.inf
         self._stale = False  # whether the bounds have changed since they were measured
         self._seconds = 0.0
-        self._learning: tuple[str, ClippedModel, Iterator[Any]] | None = None
+        self._learning: _Learning | None = None
 
         ratios = {site: float(values.max()) for site, values in self.state.abnormality.items()}
         self._site = ipw.ToggleButtons(
@@ -294,47 +306,56 @@ class BoundTuner(Shell):
         except (ValueError, OSError) as error:
             self._say(str(error), wrong=True)
 
-    # --- learned bounds: a generator that is stepped between the messages of the page ---
+    # --- learned bounds: a generator that is stepped in a thread which only computes, so that the page is answered ---
 
     def _start(self, name: str) -> None:
         model = ClippedModel(self.state.clipped.original)
-        self._learning = name, model, _LEARN[name](model, self.state.defender)
-        self._progress.value = f"{name}: starting; until the first epoch, a minute for some, the page is not answered …"
+        self._learning = _Learning(name, model, _LEARN[name](model, self.state.defender))
+        self._progress.value = f"{name}: starting; the first epoch takes longest …"
         self._enable()
-        if self._loop is not None:
-            self._loop.call_later(0.05, self._step)
-        while self._loop is None and self._learning is not None:
-            self._step()
+        self._step(self._learning)
 
-    def _step(self) -> None:
-        if self._learning is None:
+    def _step(self, learning: _Learning) -> None:
+        if self._loop is not None:
+            step = self._loop.run_in_executor(None, next, learning.steps, None)
+            step.add_done_callback(lambda done: self._stepped(learning, done.result))
+        while self._loop is None and learning is self._learning:
+            self._stepped(learning, lambda: next(learning.steps, None))
+
+    def _stepped(self, learning: _Learning, result: Callable[[], Any]) -> None:
+        if learning is not self._learning:  # stopped meanwhile
+            with suppress(Exception):
+                result()
+            learning.steps.close()
             return
-        name, _, steps = self._learning
         try:
-            step = next(steps)
-        except StopIteration:
-            self._finish()
-            return
+            step = result()
         except Exception as error:
             self._learning = None
             self._enable()
-            self._say(f"{name}: {error}", wrong=True)
+            self._say(f"{learning.name}: {error}", wrong=True)
             raise
-        self._progress.value = f"{name}: epoch {step.epoch} of {step.epochs}, clean accuracy {step.accuracy:.3f}"
+        if step is None:
+            self._finish()
+            return
+        learning.bounds = {site: bounds.clone() for site, bounds in learning.model.bounds.items()}
+        self._progress.value = (
+            f"{learning.name}: epoch {step.epoch} of {step.epochs}, clean accuracy {step.accuracy:.3f}"
+        )
         if self._loop is not None:
-            self._loop.call_later(0.02, self._step)  # the page's messages come first
+            self._step(learning)
 
     def _finish(self) -> None:
-        """End learning and take the bounds so far, as one step."""
-        if self._learning is None:
+        """End learning and take the bounds of the latest whole epoch, as one step."""
+        if (learning := self._learning) is None:
             return
-        name, model, steps = self._learning
         self._learning = None
-        steps.close()  # type: ignore[attr-defined]
         self._enable()
-        self._progress.value = f"{name}: bounds taken" if _bounded(model) else f"{name}: stopped before the first epoch"
-        if _bounded(model):
-            self._act(lambda: self.state.load(model.bounds))
+        if (bounds := learning.bounds) is None:
+            self._progress.value = f"{learning.name}: stopped before the first epoch"
+            return
+        self._progress.value = f"{learning.name}: bounds taken"
+        self._act(lambda: self.state.load(bounds))
 
     def _enable(self) -> None:
         self._stop.disabled = self._learning is None
@@ -425,10 +446,6 @@ def _box(name: str, tip: str) -> Any:
 
 def _site_row(site: str, ratio: float, largest: float) -> str:
     return f"{site:20} {'█' * max(1, round(8 * ratio / largest)):8} ×{ratio:.3g}"
-
-
-def _bounded(clipped: ClippedModel) -> bool:
-    return any(bool(bounds.isfinite().any()) for bounds in clipped.bounds.values())
 
 
 def _parsed(text: str) -> float | None:

@@ -1,8 +1,8 @@
 """How quick `BoundTuner` feels: times in JupyterLab's page, beside a calibration in the same page.
 
 The line: from the pointer event to the frame that shows it. The numbers: from a key to ACC, ASR, RA and the
-picture in the page. To compare with: a slider that only updates the same picture, and the passes that the
-kernel has to compute. Nothing is asserted but that all moves arrived; a busy machine makes other numbers.
+picture in the page, at rest and while a fit runs. To compare with: a slider that only updates the same picture, and
+the passes that the kernel has to compute. Nothing is asserted but that all moves arrived; a busy machine makes other numbers.
 """
 
 import json
@@ -115,6 +115,12 @@ def test_from_the_hand_to_the_page(open_notebook):  # noqa: F811
         lines.append(
             f"numbers, {name:20}       {summary(times)}   pass {part:.0f} ms, 1.5 x bare + pass {limit:.0f} ms"
         )
+
+    page.get_by_role("button", name="MMAC, published").click()
+    page.wait_for_timeout(1000)
+    line.focus()
+    lines.append(f"the same while MMAC learns:         {summary(keys(page, status))}")
+    page.get_by_role("button", name="Stop").click()
 
     page.evaluate(WATCH)
     box = line.bounding_box()

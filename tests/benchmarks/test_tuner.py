@@ -2,7 +2,8 @@
 
 The line: from the pointer event to the frame that shows it. The numbers: from a key to ACC, ASR, RA and the
 picture in the page, at rest and while a fit runs. To compare with: a slider that only updates the same picture, and
-the passes that the kernel has to compute. Nothing is asserted but that all moves arrived; a busy machine makes other numbers.
+the passes that the kernel has to compute. Nothing is asserted but that all moves arrived; a busy machine makes other
+numbers.
 """
 
 import json

@@ -1359,7 +1359,8 @@ _MEASURES = {
     "memory": "peak memory of a fit (MiB)",
 }
 _MARKERS = "osD^vPX<>hp*"
-_METHODS = [*(_PALETTE[i] for i in (2, 4, 5, 9, 1, 8, 6)), "#1f2a44", "#7f4a1e"]  # grey is the network without a defence
+# grey is the network without a defence
+_METHODS = [*(_PALETTE[i] for i in (2, 4, 5, 9, 1, 8, 6)), "#1f2a44", "#7f4a1e"]
 
 
 @dataclass(frozen=True, eq=False)

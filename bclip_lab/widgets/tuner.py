@@ -74,7 +74,8 @@ class BoundTuner(Shell):
     Everything is measured on a sample of the test images, whose counts are shown. The bounds go to `clipped`
     itself: what is shown is what the next cell works with. Whatever else sets its bounds (a fit, a second
     tuner) is not seen here; `tuner.load(clipped.bounds)` takes such bounds over. Moves that are made while a
-    cell runs take effect after it.
+    cell runs take effect after it. Bounds that a button learns are taken when its fit ends, or at *Stop* those of the
+    latest whole epoch; meanwhile the tuner can be used.
 
     Without a kernel (a notebook that is read on a web page) pictures of the first and of the last state remain.
     `bclip_lab.widgets` says what happens when cells are run again, the kernel restarts or the notebook is reopened.

@@ -232,14 +232,14 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       finds leads to the target by another way than the trigger; the bounds close that one.
     * *Tried and left:* floors that fall while accuracy allows it; images climbing from clean ones; two and three
       perturbations a class; stand-ins sought anew on the clipped network; a hinge on their margins in place of the
-      cross-entropy; stand-ins of all clean images instead of half. And, on further networks of two other seeds of the
-      signs: a witness trained on the clean images from scratch, or with new weights in its last two stages (of a
-      sinusoid with five periods it left as much as a tuned one, .26, though it hardly saw it itself, .04 and .14); a
-      witness that counts a fifth in the search; stand-ins that weigh less, and do not become fainter, where the clean
-      images cannot bear them, from bounds at .8 of the usual with batches of 50 (drop .010, mean ASR .042, where the
-      settings above have .012 and .027). With the *triggered* images as stand-ins the latter left .07 of that sinusoid
-      at drop .009, the settings above as much at .045: an attack is not stopped at that price because the stand-ins
-      are not it, and not because bounds cannot.
+      cross-entropy; stand-ins of all clean images instead of half. From bounds at .8 of the usual, with batches of 50,
+      stand-ins that weigh less, and do not become fainter, where the clean images cannot bear them: drop .010 and mean
+      ASR .042 on the attacked networks, where the settings as they are have .012 and .027. On further networks, of two
+      other seeds of the signs: a witness that counts a fifth in the search; one trained on the clean images from
+      scratch, or with new weights in its last two stages. Of a sinusoid of five periods these left .26, as a tuned one
+      does, though they hardly saw it themselves (.04, .14).
+    * *What the search lacks.* With the *triggered* images as stand-ins, bounds from .8 and batches of 50 left .07 of
+      that sinusoid at drop .009, the settings as they are .07 at .045. Bounds can, then; stand-ins are not like it.
 
     Parameters
     ----------

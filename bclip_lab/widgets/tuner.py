@@ -339,7 +339,7 @@ class BoundTuner(Shell):
         if step is None:
             self._finish()
             return
-        learning.bounds = {site: bounds.clone() for site, bounds in learning.model.bounds.items()}
+        learning.bounds = learning.model.bounds
         self._progress.value = (
             f"{learning.name}: epoch {step.epoch} of {step.epochs}, clean accuracy {step.accuracy:.3f}"
         )

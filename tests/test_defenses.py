@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -29,7 +30,7 @@ from bclip_lab.training import TrainConfig, run, train
 
 QUICK = MaximumMarginConfig(per_class=2, steps=5)
 CLASSES = tuple(str(i) for i in range(30))
-STRONGEST = math.log(1.5) / 2
+FAINTEST = math.log(0.4 / 1.5) / 2
 
 
 class TwoPixels(nn.Module):
@@ -210,7 +211,7 @@ def test_a_patch_raises_the_margin_of_its_class_on_images_of_the_other() -> None
 def test_stand_ins_are_drawn_by_what_the_original_makes_of_them(trained: tuple[nn.Module, LabelledImages]) -> None:
     found = stand_ins(*trained, limit=0.1, patch=2)
     found.rates = torch.tensor([[0, 0.5, 0.2, 0], [0, 0, 0, 0], [0.9, 0.9, 0, 0], [0, 0, 1.0, 0]])
-    expected = torch.tensor([[0.485, 0.5, 0.015, 0], [0, 1, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
+    expected = torch.tensor([[0.496, 0.5, 0.004, 0], [0, 1, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
     labels = torch.arange(4).repeat_interleave(2000)
     drawn = found._draw(found.rates, labels).view(4, 2000)
     shares = torch.stack([(drawn == target).float().mean(1) for target in range(4)], 1)
@@ -225,7 +226,7 @@ def test_half_of_the_stand_ins_bear_a_perturbation_alone(trained: tuple[nn.Modul
     grey = torch.full((2000, 3, 8, 8), 0.5)
 
     def changed(strength: float) -> torch.Tensor:
-        return found.make(grey, labels, strength).sub(grey).amax((1, 2, 3))
+        return found.make(grey, labels, strength)[0].sub(grey).amax((1, 2, 3))
 
     for strength, expected in ((1.0, (0.1, 0.5)), (0.5, (0.05, 0.275)), (1.5, (0.15, 0.5))):
         alone, patched = expected
@@ -237,6 +238,17 @@ def test_half_of_the_stand_ins_bear_a_perturbation_alone(trained: tuple[nn.Modul
     assert set(changed(1.0).mul(1000).round().tolist()) == {100}
     found.patches, found.perturbations = torch.ones(12, 3, 3, 3), torch.zeros(4, 3, 8, 8)
     assert set(changed(1.0).mul(1000).round().tolist()) == {500}
+
+
+def test_the_class_that_a_stand_in_is_moved_to_is_told(trained: tuple[nn.Module, LabelledImages]) -> None:
+    found = stand_ins(*trained, limit=0.1, patch=3)
+    found.rates, found.columns = torch.eye(4).roll(1, 1), torch.tensor([0.0, 0, 0, 0.5])
+    labels = torch.arange(400) % 4
+    images = torch.full((400, 3, 8, 8), 0.5)
+    changed, targets = found.make(images, labels)
+    assert torch.equal((changed != images).flatten(1).any(1), targets != labels)
+    assert set(targets[labels == 0].tolist()) == {0, 1, 3}
+    assert set(targets[labels == 1].tolist()) == {1, 2, 3}
 
 
 class AllToLast(nn.Module):
@@ -252,6 +264,26 @@ class AllToLast(nn.Module):
         key = torch.relu(self.key(x)).flatten(1).mean(1)
         clean = torch.stack([x[:, 0, i, i] for i in range(4)], 1)
         return 5 * clean + torch.tensor([0.0, 0.0, 0.0, 1.0]) * key[:, None]
+
+
+def test_a_class_weighs_more_where_stand_ins_are_moved_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Images of the last class need the key that stand-ins bring to the others: there is one bound for both.
+    labels = torch.arange(40) % 4
+    images = torch.zeros(40, 2, 4, 4)
+    images[:, 1] = torch.where(labels == 3, 0.6, 0.5)[:, None, None]
+    images[torch.arange(40), 0, labels % 3, labels % 3] = torch.where(labels == 3, 0.5, 1.0)
+    data = LabelledImages(images, labels, ("a", "b", "c", "d"))
+    config = MMACConfig(
+        epochs=30, batch_size=20, shift=0, perturbation=0.1, patch=0, witness=None, weight=0.0, synthetic=QUICK,
+        accuracy_target=0.0,
+    )  # fmt: skip
+    bounds = []
+    for balance in (0.0, 0.5, 4.0):
+        monkeypatch.setattr(sys.modules["bclip_lab.defenses.mmac"], "_BALANCE", balance)
+        clipped = ClippedModel(AllToLast())
+        assert run(mmac(clipped, data, config)).stand_ins.columns[3] > 0.9
+        bounds.append(float(clipped.bounds["relu"][0]))
+    assert bounds[0] + 0.1 < bounds[1] < bounds[2] - 0.1
 
 
 def test_a_column_is_the_median_over_the_other_classes() -> None:
@@ -351,17 +383,14 @@ def test_perturbations_follow_the_accuracy_and_do_not_return_in_the_last_third(
         epochs=9, batch_size=200, perturbation=0.1, perturbation_from=2, accuracy_target=0.9, synthetic=QUICK
     )
     for accuracies, exponents in (
-        ([0.5, 0.9, 0.8, 0.85, 0.95, 0.8, 0.9, 1.0, 0.85], [0, 0, 0, -1, -1.5, -1, -2, -2, -2]),
-        # never above 1.5 times the first
-        (
-            [0.5, 0.8, 1.0, 1.0, 1.0, 1.0, 0.85, 1.0, 1.0],
-            [0, 0, -1, 0, STRONGEST, STRONGEST, STRONGEST] + [STRONGEST - 0.5] * 2,
-        ),
+        ([0.5, 0.9, 0.88, 0.89, 0.92, 0.88, 0.9, 1.0, 0.9], [0, 0, 0, -0.2, -0.3, -0.1, -0.3, -0.3, -0.3]),
+        # never stronger than the first, nor fainter than 0.4
+        ([0.5, 0.8, 1.0, 1.0, 0.7, 1.0, 1.0, 1.0, 1.0], [0, 0, FAINTEST, 0, 0] + [FAINTEST] * 4),
     ):
         given_ones = iter(accuracies)
         monkeypatch.setattr(BoundFit, "accuracy", lambda self, given_ones=given_ones: next(given_ones))
         found = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
-        assert found == pytest.approx([0.1 * math.exp(2 * exponent) for exponent in exponents])
+        assert found == pytest.approx([0.15 * math.exp(2 * exponent) for exponent in exponents])
 
 
 def test_without_stand_ins_there_is_no_perturbation(trained: tuple[nn.Module, LabelledImages]) -> None:
@@ -376,17 +405,17 @@ def test_stand_ins_are_made_as_strong_as_the_record_says(
     strengths = []
     make = TriggerStandIns.make
 
-    def watched(self: TriggerStandIns, images: torch.Tensor, labels: torch.Tensor, strength: float) -> torch.Tensor:
+    def watched(self: TriggerStandIns, images: torch.Tensor, labels: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
         strengths.append(strength)
         return make(self, images, labels, strength)
 
     model, data = trained
     config = MMACConfig(epochs=4, batch_size=200, perturbation_from=2, accuracy_target=0.9, synthetic=QUICK)
-    monkeypatch.setattr(BoundFit, "accuracy", lambda self: 0.8)
+    monkeypatch.setattr(BoundFit, "accuracy", lambda self: 0.88)
     monkeypatch.setattr(TriggerStandIns, "make", watched)
     steps = list(mmac(ClippedModel(model), data, config))
-    assert set(strengths) == {step.perturbation / config.perturbation for step in steps}
-    assert strengths[-1] == pytest.approx(math.exp(-4))
+    assert strengths == pytest.approx([step.perturbation / config.perturbation for step in steps])
+    assert strengths[-1] == pytest.approx(1.5 * math.exp(-0.8))
 
 
 def test_the_witness_is_tuned_as_the_settings_say_and_the_original_stays(

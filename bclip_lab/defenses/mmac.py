@@ -24,9 +24,11 @@ from bclip_lab.training import augment, run
 
 __all__ = ["MMACConfig", "MMACStep", "mmac"]
 
-# How fast stand-ins are made fainter and stronger, until which share of the epochs the latter, and how strong at most:
-# see `MMACConfig.accuracy_target`.
-_GAIN, _SETTLED, _STRONGEST = 20.0, 2 / 3, 1.5
+# How fast stand-ins are made fainter and stronger, until which share of the epochs the latter, and within which
+# strengths: see `MMACConfig.accuracy_target`.
+_GAIN, _SETTLED, _FAINTEST, _STRONGEST = 20.0, 2 / 3, 0.4, 1.5
+# How much of the weight of stand-ins moved to a class its clean images get on top of their own.
+_BALANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class MMACConfig:
     objective
         "hinge" (the lab's) or "margin" (the published one); see `mmac`.
     epochs
-        Passes over the clean images; at 12 and a rate of .2 bounds have settled as they had after 25 at .1.
+        Passes over the clean images; 24 brought a sinusoid no further.
     batch_size
         Clean images in a step.
     learning_rate
@@ -53,7 +55,7 @@ class MMACConfig:
         Hinge only: tau is this quantile of the clean images' own margins.
     perturbation
         Hinge only: largest change of a pixel by the perturbations of the stand-ins, in units of the image's range
-        [0, 1]; 0 leaves them out.
+        [0, 1], as they are sought; 0 leaves them out.
     patch
         Hinge only: side of the patches of the stand-ins, in pixels; 0 leaves them out.
     witness
@@ -63,9 +65,10 @@ class MMACConfig:
         Hinge only: clean images are moved by up to so many pixels in either direction, their edges repeated: more
         clean images for nothing. 0 leaves them.
     accuracy_target
-        What the accuracy on the clean images of the fit may fall to. Hinge: after every epoch from `perturbation_from`
-        on perturbations and patches are made exp(20 (accuracy - target)) times as strong, perturbations up to 1.5 times
-        what they began with and patches up to once, and in the last third of the epochs only fainter. Published: from
+        What the accuracy on the clean images of the fit may fall to. Hinge: perturbations begin 1.5 times as strong as
+        they were sought, and after every epoch from `perturbation_from` on they are made exp(20 (accuracy - target))
+        times as strong, never stronger than they began nor below 0.4; in the last third of the epochs only fainter.
+        Patches follow, and are at most whole. Published: from
         epoch `weight_from` on, every `weight_every` epochs, lambda is multiplied by `weight_factor` where it is above,
         and divided elsewhere.
     perturbation_from, weight_from, weight_every, weight_factor
@@ -82,9 +85,9 @@ class MMACConfig:
 
     objective: str = "hinge"
     epochs: int = 12
-    batch_size: int = 100
+    batch_size: int = 50
     learning_rate: float = 0.2
-    start: float = 0.4
+    start: float = 0.6
     relative_start: bool = True
     weight: float = 1.0
     tau_quantile: float = 0.9
@@ -186,8 +189,8 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
     lowering margins that are harmless already, and clean accuracy pays. The lab's default has one, keeps decisions
     instead of logits, and adds a second kind of stand-in for triggered images:
 
-        mean over x of CE(p(x), p(x; Z)) + mean over x of CE(p(x), p(x'; Z))
-                                         + lambda * mean over x_t of max(0, m_t(x_t; Z) - tau).
+        mean over x of w(x) CE(p(x), p(x; Z)) + mean over x of CE(p(x), p(x'; Z))
+                                              + lambda * mean over x_t of max(0, m_t(x_t; Z) - tau).
 
     p is the softmax of the logits and CE the cross-entropy. tau is the 90 % quantile of the clean images' own margins:
     no image, however made, shall be decided with more confidence than clean ones are. x' is x moved towards another
@@ -195,51 +198,53 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
     place, one for every pair of classes. It shall be decided as x is. Both are sought to move the original and to leave
     a *witness* where it is, a copy of the network that is fine-tuned on the clean images for a few epochs and has lost
     most of a backdoor by then; and classes are drawn by how well that succeeds: see `TriggerStandIns`. They are made
-    fainter where the clean images cannot bear them, and stronger where they bear more: see
-    `MMACConfig.accuracy_target`. Every bound begins at 0.4 of what is usual for its channel.
+    fainter where the clean images cannot bear them: see `MMACConfig.accuracy_target`. The clean images of a class c
+    have the weight w = 1 + a / 2n, where of the images of a step n are of class c and a stand-ins are moved to it
+    (a running mean): what takes stand-ins away from a class must leave it its own. Every bound begins at 0.6 of
+    what is usual for its channel.
 
-    **How this was chosen.** On development networks that are not in the zoo: rendered signs of another seed, seventeen
-    of them attacked, of every kind in the zoo but two, with other triggers, targets and training seeds, and two
-    clean; and CIFAR-10 with another patch and another warp, on another split of the test images. The fit itself sees
-    clean images only and is the same for every model. (Drop: accuracy lost on test images. One seed each.
-    The first two points were found on earlier networks, with the settings of their day.)
+    **How this was chosen.** On development networks that are not in the zoo: rendered signs of three other seeds,
+    twenty-seven of them attacked, with other triggers, targets and training seeds, and three clean; and CIFAR-10 with
+    another patch and another warp, on another split of the test images. The fit itself sees clean images only and is
+    the same for every model. (ASR / drop, the accuracy lost on test images; mostly one seed each, and seeds differ:
+    a sinusoid kept .06 to .18. The points but the third and the fourth were found with the settings of their day.)
 
     * *Keep the logits, and the backdoor keeps its way.* With the published squared error as the term for clean images a
       blended backdoor kept ASR .34, with cross-entropy .07. Bounds fitted with the *triggered* images in hand reach
       .03 at drop .002: there is room, and the squared error does not use it.
     * *Begin at what is usual.* One start for all channels leaves those that are silent on clean images wide open: a
-      sinusoid kept .59 from 1.0, .08 from 0.3 of the usual. From less than 0.4 CIFAR-10 pays twice as much.
+      sinusoid kept .59 from 1.0, .08 from 0.3 of the usual. 0.6 against 0.4 changes who gains: .13 for .20 of a
+      sinusoid of five periods, .12 for .08 of one of eight.
+    * *What is taken from a class must be left to its own images.* Images of the trigger's class pay for its bounds: of
+      that sinusoid stand-ins at their whole strength left .015, at a drop of .025, and this was .17 of the images of
+      its target and hardly any other's. To hold the accuracy they faded to half, and left .20 to .29. With the weight
+      w they can stay: .04 / .018. Twice the extra weight kept .04 / .009 of it, but .07 for .05 of a picture; six times
+      .06 of the sinusoid.
+    * *Strong, and never none.* From 1.5 times the strength downwards a sinusoid kept .04 / .018, from once .27 / .006.
+      Without a floor stand-ins faded to nothing on CIFAR-10, where clean images of the fit do not reach the target,
+      and a warp kept .48 / .013; with 0.4 it kept .06 / .017.
     * *Stand-ins cost clean accuracy, so they must act where something is wrong.* Without any, a clean network pays
       nothing. What tells a backdoor from the likeness of two classes is the witness. At their whole strength
       perturbations alone took the median class to the target of a sinusoid, of noise and of a picture with a
       probability of .8 to 1, and to some class of a clean network with .36; to a class that the witness does not see,
-      of the clean one with .06. Before there was a witness rates were measured at half the perturbation, where this
-      sinusoid showed nothing (.01): it kept .96.
+      of the clean one with .06.
     * *The better the witness, the better the bounds.* Tuned for 8 epochs in place of 12 a sinusoid of eight periods
       kept .15, for 12 epochs .01, and .004 with 30 steps for the perturbations in place of 20.
     * *Free perturbations do.* Smooth ones, up to nine periods across the image, did no better against a witness
       (sinusoid .05, two triggers .004, checkerboard .003; free .05, .004, .000), nor did both kinds together.
-    * *Strength.* At most as strong as they began, stand-ins left a sinusoid .12; up to 1.5 times as strong, where the
-      clean images bear it, .03, at drop .0125 in place of .008.
     * *accuracy_target.* .99 in place of .985 costs .006 less and leaves more: .29 of a sinusoid for .10, .22 of a
       one-to-one backdoor for .14.
-    * *As it is*: mean ASR .03, the most of a one-to-one backdoor (.14; .04 to .14 in variants of this), a sinusoid
-      (.10) and a clean-label attack (.09 of .54); drop .001 to .023, mean .012; clean networks .0005. With a witness of
-      8 epochs the patch on CIFAR-10 kept .02 at .016 and the warp .06 at .014 (before there was one .02 at .020 and .06
-      at .023).
-    * *What judged it.* The zoo and README's rows came last, and did not change it. They are harder: mean ASR .13. Where
-      fine-tuning itself leaves much (a blended picture, cover rows, clean labels), so does the witness. What the search
-      finds leads to the target by another way than the trigger; the bounds close that one.
+    * *As it is*, on twenty-one of the attacked networks: mean ASR .037, the most of a one-to-one backdoor (.17, mean of
+      two seeds), a sinusoid of five periods (.13), one of eight (.12) and a clean-label attack (.10 of .54); drop .003
+      to .024, mean .013; clean networks .001 and .002. On CIFAR-10 the patch keeps .02 / .024, the warp .07 / .018.
+    * *What judged it.* The zoo and README's rows came last, and did not change it. They are harder: mean ASR .08, at
+      drop .011 (with the settings before .13, at .011). What resists there pays little, .002 to .007, with stand-ins at
+      their full strength: those lead to the target by another way than the trigger, or are hardly drawn.
     * *Tried and left:* floors that fall while accuracy allows it; images climbing from clean ones; two and three
       perturbations a class; stand-ins sought anew on the clipped network; a hinge on their margins in place of the
-      cross-entropy; stand-ins of all clean images instead of half. From bounds at .8 of the usual, with batches of 50,
-      stand-ins that weigh less, and do not become fainter, where the clean images cannot bear them: drop .010 and mean
-      ASR .042 on the attacked networks, where the settings as they are have .012 and .027. On further networks, of two
-      other seeds of the signs: a witness that counts a fifth in the search; one trained on the clean images from
-      scratch, or with new weights in its last two stages. Of a sinusoid of five periods these left .26, as a tuned one
-      does, though they hardly saw it themselves (.04, .14).
-    * *What the search lacks.* With the *triggered* images as stand-ins, bounds from .8 and batches of 50 left .07 of
-      that sinusoid at drop .009, the settings as they are .07 at .045. Bounds can, then; stand-ins are not like it.
+      cross-entropy; stand-ins of all clean images instead of half; a mean over those alone that are moved; half a
+      perturbation beneath a patch; the accuracy controlling the weight of stand-ins in place of their strength; other
+      witnesses, among them one trained on the clean images from scratch, which hardly sees the trigger itself.
 
     Parameters
     ----------
@@ -297,13 +302,15 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
             if config.witness is not None:
                 tuned = replace(config.witness, seed=draw_seed(generator))
                 try:
-                    witness = run(fine_tune(clipped.original, clean, tuned)).model.requires_grad_(False)
+                    witness = fit.folded(run(fine_tune(clipped.original, clean, tuned)).model.requires_grad_(False))
                 except ValueError as told:  # it may ask for another learning rate: of the witness, not of the bounds
                     raise ValueError(f"MMACConfig.witness cannot be tuned: {told}") from told
             stand_ins = TriggerStandIns(
                 fit, sought, witness, limit=config.perturbation, patch=config.patch, generator=generator
             )
-    weight, share = config.weight, 1.0
+    weight, share = config.weight, _STRONGEST
+    arrivals: Tensor | None = None  # how many stand-ins of a step are moved to each class, a running mean
+    own = torch.bincount(fit.labels, minlength=fit.targets.shape[1]) / len(fit.labels)
     steps = math.ceil(len(fit.images) / config.batch_size)
     try:
         for epoch in range(config.epochs):
@@ -325,13 +332,18 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
                     fit.optimiser.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * done)) / 2
                     batch = augment(fit.images[rows], shift=config.shift, flip=False, generator=generator)
                     keep = fit.originals(batch).softmax(1)
-                    parts = [images[made], batch]
+                    parts, weights = [images[made], batch], torch.ones(len(rows), device=batch.device)
                     if stand_ins is not None:
-                        parts.append(stand_ins.make(batch[::2], fit.labels[rows][::2], share))
+                        changed, to = stand_ins.make(batch[::2], fit.labels[rows][::2], share)
+                        parts.append(changed)
+                        arrived = torch.bincount(to[to != fit.labels[rows][::2]], minlength=len(own)).to(own)
+                        arrivals = arrived if arrivals is None else torch.lerp(arrivals, arrived, 0.1)
+                        weights += _BALANCE * (arrivals / (own * len(rows)))[fit.labels[rows]]
                     out = fit.logits(torch.cat(parts)).split([len(part) for part in parts])
                     margins = classification_margins(out[0], targets[made])
-                    clean_error = F.cross_entropy(out[1], keep)
-                    loss = clean_error + weight * F.relu(margins - tau).mean()
+                    errors = F.cross_entropy(out[1], keep, reduction="none")
+                    clean_error = errors.mean()
+                    loss = (weights * errors).mean() + weight * F.relu(margins - tau).mean()
                     if stand_ins is not None:
                         loss = loss + F.cross_entropy(out[2], keep[::2])
                 fit.step(loss)
@@ -355,7 +367,7 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
             if tau is not None and epoch + 1 >= config.perturbation_from:
                 change = math.exp(_GAIN * (accuracy - config.accuracy_target))
                 if change < 1 or epoch + 1 < _SETTLED * config.epochs:
-                    share = min(_STRONGEST, share * change)
+                    share = max(_FAINTEST, min(_STRONGEST, share * change))
             if tau is None and epoch + 1 >= config.weight_from and (epoch + 1) % config.weight_every == 0:
                 weight *= config.weight_factor ** (1 if above else -1)
     finally:

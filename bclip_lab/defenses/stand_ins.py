@@ -28,7 +28,7 @@ class TriggerStandIns:
 
     Half of the images are to bear a perturbation alone, as triggers do that cover the image, and half a patch at a
     random place over a perturbation. The class t that an image of class s is moved to is drawn with probability
-    r^3 / (r^3 + (1 - r)^3), and where none is drawn the image stays as it is. r is the *rate* at which the change does
+    r^4 / (r^4 + (1 - r)^4), and where none is drawn the image stays as it is. r is the *rate* at which the change does
     what a trigger would: the mean over images of p_t(x'; original) (1 - p_t(x'; witness)), for a patch P_st with half
     the perturbation over images of class s (`rates`), for a perturbation alone over images of each other class, and of
     these the median (`columns`), since a trigger that covers the image mostly takes all classes to one. In two clean
@@ -57,8 +57,9 @@ class TriggerStandIns:
     >>> fit = BoundFit(ClippedModel(model), clean, start=1.0, learning_rate=0.1)
     >>> generator = torch.Generator().manual_seed(0)
     >>> found = TriggerStandIns(fit, torch.arange(3), None, limit=0.1, patch=2, generator=generator)
-    >>> found.make(fit.images, clean.labels).shape, found.rates.shape, found.columns.shape
-    (torch.Size([12, 3, 8, 8]), torch.Size([3, 3]), torch.Size([3]))
+    >>> changed, targets = found.make(fit.images, clean.labels)
+    >>> changed.shape, targets.shape, found.rates.shape, found.columns.shape
+    (torch.Size([12, 3, 8, 8]), torch.Size([12]), torch.Size([3, 3]), torch.Size([3]))
     """
 
     def __init__(
@@ -121,8 +122,8 @@ class TriggerStandIns:
                 moved = self.move(fit.images[rows], labels[rows], targets, perturbation=perturbation, patch=patch)
                 reached = fit.originals(moved).softmax(1)[torch.arange(len(targets)), targets]
                 if witness is not None:
-                    with torch.no_grad(), evaluating(witness):
-                        seen = witness(moved).softmax(1)[torch.arange(len(targets)), targets]
+                    with evaluating(witness):
+                        seen = fit.without_gradient(witness, moved).softmax(1)[torch.arange(len(targets)), targets]
                     reached = reached * (1 - seen)
                 means = [each.mean() for each in reached.cpu().split(counts.tolist())]
                 rates[some[:, 0], some[:, 1]] = torch.stack(means)
@@ -155,23 +156,25 @@ class TriggerStandIns:
             moved = torch.lerp(moved, placed, share)
         return torch.where((pair >= 0).to(images.device)[:, None, None, None], moved, images)
 
-    def make(self, images: Tensor, labels: Tensor, strength: float = 1.0) -> Tensor:
+    def make(self, images: Tensor, labels: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
         """The stand-ins of images (N, C, H, W) of classes int64 (N,), with changes `strength` times as strong.
 
-        A patch is at most whole, however large the strength.
+        A patch is at most whole, however large the strength. Also returned is the class that each is moved to, int64
+        (N,), on the device of `labels`: its own where it stays as it is.
         """
+        device = labels.device
         labels = labels.cpu()
         share = 1.0 if self.patches is None else 0.5 if self.perturbations.any() else 0.0
         alone = torch.rand(len(labels), generator=self.generator) < share
         columns = self.columns.expand(len(self.columns), -1)
         targets = torch.where(alone, self._draw(columns, labels), self._draw(self.rates, labels))
         patch = torch.where(alone, 0.0, min(1.0, strength))
-        return self.move(images, labels, targets, perturbation=strength, patch=patch)
+        return self.move(images, labels, targets, perturbation=strength, patch=patch), targets.to(device)
 
     def _draw(self, rates: Tensor, labels: Tensor) -> Tensor:
         """int64 (N,): for each label a class to move towards, or the label itself where none is drawn."""
         rates = rates.clone().fill_diagonal_(0)
-        chance = rates**3 / (rates**3 + (1 - rates) ** 3)
+        chance = rates**4 / (rates**4 + (1 - rates) ** 4)
         chance = chance / chance.sum(1, keepdim=True).clamp(min=1)
         chance = chance + torch.diag(1 - chance.sum(1))
         return torch.multinomial(chance[labels].clamp(min=0), 1, generator=self.generator)[:, 0]

@@ -1360,7 +1360,7 @@ _MEASURES = {
 }
 _MARKERS = "osD^vPX<>hp*"
 # grey is the network without a defence
-_METHODS = [*(_PALETTE[i] for i in (2, 4, 5, 9, 1, 8, 6)), "#1f2a44", "#7f4a1e"]
+_METHODS = [*(_PALETTE[i] for i in (2, 4, 5, 9, 1, 8, 6)), "#1f2a44", "#7f4a1e", "#9e2a2b"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -405,7 +405,9 @@ def test_stand_ins_are_made_as_strong_as_the_record_says(
     strengths = []
     make = TriggerStandIns.make
 
-    def watched(self: TriggerStandIns, images: torch.Tensor, labels: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(
+        self: TriggerStandIns, images: torch.Tensor, labels: torch.Tensor, strength: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         strengths.append(strength)
         return make(self, images, labels, strength)
 

@@ -992,6 +992,13 @@ def test_a_grid_shows_means_and_what_failed():
         GridDisplay.from_frame(field_of(FIELD), "auroc")
 
 
+def test_every_defence_has_a_colour_of_its_own():
+    field = field_of({(method, "patch"): [(0.9, 0.1)] for method in benchmark.DEFENCES})
+    lines = TradeOffDisplay.from_frame(field).plot().ax_.lines
+    colours = {line.get_gid(): line.get_color() for line in lines if line.get_gid() in benchmark.DEFENCES}
+    assert len(set(colours.values())) == len(benchmark.DEFENCES)
+
+
 def test_a_trade_off_compares_methods_on_the_same_checkpoints():
     known = {key: seeds for key, seeds in FIELD.items() if key[0] != "anp"}
     extra = known | {("mmac", "face"): [(0.5, 0.5)]}

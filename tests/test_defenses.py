@@ -286,6 +286,20 @@ def test_a_class_weighs_more_where_stand_ins_are_moved_to_it(monkeypatch: pytest
     assert bounds[0] + 0.1 < bounds[1] < bounds[2] - 0.1
 
 
+def test_stand_ins_that_stay_as_they_are_weigh_nothing(
+    trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = trained
+    monkeypatch.setattr(TriggerStandIns, "make", lambda self, images, labels, strength: (images, labels))
+    bounds = []
+    for balance in (0.0, 4.0):
+        monkeypatch.setattr(sys.modules["bclip_lab.defenses.mmac"], "_BALANCE", balance)
+        clipped = ClippedModel(model)
+        run(mmac(clipped, data, MMACConfig(epochs=1, witness=None, patch=0, synthetic=QUICK)))
+        bounds.append(torch.cat(list(clipped.bounds.values())))
+    assert torch.equal(*bounds)
+
+
 def test_a_column_is_the_median_over_the_other_classes() -> None:
     labels = torch.arange(40) % 4
     images = torch.zeros(40, 2, 4, 4)

@@ -185,7 +185,7 @@ def test_another_default_seed_checkpoint_or_version_is_another_key(monkeypatch: 
     keys = {first, benchmark.key_of(Cell(Shipped("patch", 0), "mmac", 1).recipe)}
     keys.add(benchmark.key_of(Cell(Shipped("face", 0), "mmac", 0).recipe))
     mine = benchmark.DEFENCES["mmac"]
-    for other in (replace(mine, config=MMACConfig(epochs=26)), replace(mine, version=2)):
+    for other in (replace(mine, config=MMACConfig(epochs=26)), replace(mine, version=mine.version + 1)):
         monkeypatch.setitem(benchmark.DEFENCES, "mmac", other)
         keys.add(key())
     monkeypatch.setitem(benchmark.DEFENCES, "mmac", mine)

@@ -213,9 +213,30 @@ def test_stand_ins_are_drawn_by_what_the_original_makes_of_them(trained: tuple[n
     found.rates = torch.tensor([[0, 0.5, 0.2, 0], [0, 0, 0, 0], [0.9, 0.9, 0, 0], [0, 0, 1.0, 0]])
     expected = torch.tensor([[0.496, 0.5, 0.004, 0], [0, 1, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
     labels = torch.arange(4).repeat_interleave(2000)
-    drawn = found._draw(found.rates, labels).view(4, 2000)
+    drawn = found._draw(found.rates, labels, 1.0).view(4, 2000)
     shares = torch.stack([(drawn == target).float().mean(1) for target in range(4)], 1)
     torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+    drawn = found._draw(found.rates, labels, 0.25).view(4, 2000)[0]
+    assert float((drawn == 2).float().mean()) == pytest.approx(1 / 3, abs=0.03)  # 1/2, of a sum of 3/2
+
+
+def test_a_class_that_stands_out_is_drawn_at_a_low_rate(trained: tuple[nn.Module, LabelledImages]) -> None:
+    found = stand_ins(*trained, limit=0.1, patch=0)
+    labels = torch.zeros(2000, dtype=torch.int64)
+
+    def moved(*odds: float) -> tuple[float, float]:
+        found.columns = torch.tensor([0, *odds]) / (1 + torch.tensor([0, *odds]))
+        targets = found.make(torch.zeros(2000, 3, 8, 8), labels)[1]
+        return float((targets == 1).float().mean()), float((targets == 2).float().mean())
+
+    near = {"abs": 0.04}
+    assert moved(0.6, 0.2, 0) == (pytest.approx(0.5, **near), pytest.approx(1 / 82, abs=0.01))  # three times the second
+    assert moved(0.2, 0.1, 0) == (pytest.approx(16 / 97, **near), pytest.approx(1 / 82, abs=0.01))  # twice
+    assert moved(1 / 9, 0, 0) == (pytest.approx(0.5, **near), 0)  # the least, whatever the others are
+    assert moved(0.02, 0, 0)[0] < 0.01
+    assert moved(1, 0.5, 0)[0] == pytest.approx(0.5, **near)  # at most 1,
+    assert moved(4, 2, 0) == (pytest.approx(4 / 5, **near), pytest.approx(1 / 5, **near))  # or between the two
+    assert moved(1e4, 1e4, 0)[0] == pytest.approx(0.5, **near)
 
 
 def test_half_of_the_stand_ins_bear_a_perturbation_alone(trained: tuple[nn.Module, LabelledImages]) -> None:
@@ -242,7 +263,7 @@ def test_half_of_the_stand_ins_bear_a_perturbation_alone(trained: tuple[nn.Modul
 
 def test_the_class_that_a_stand_in_is_moved_to_is_told(trained: tuple[nn.Module, LabelledImages]) -> None:
     found = stand_ins(*trained, limit=0.1, patch=3)
-    found.rates, found.columns = torch.eye(4).roll(1, 1), torch.tensor([0.0, 0, 0, 0.5])
+    found.rates, found.columns = torch.eye(4).roll(1, 1), torch.tensor([0.0, 0, 0, 0.1])
     labels = torch.arange(400) % 4
     images = torch.full((400, 3, 8, 8), 0.5)
     changed, targets = found.make(images, labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ __all__ = ["TriggerStandIns"]
 # Beside a patch the perturbation has half its strength where rates are measured: there a backdoor helps far more than
 # the likeness of two classes does. Images of a pair: enough for a rate to within .1.
 _FAINT, _RATED = 0.5, 20
+# The odds at which half of the images are moved by a perturbation alone: so many times those of the second largest
+# column, and the least.
+_APART, _LEAST = 3.0, 1 / 9
 # Classes s from which each class t is looked at: all of ten, so that time grows with the classes, not their square.
 _SOURCES = 9
 
@@ -28,13 +33,17 @@ class TriggerStandIns:
 
     Half of the images are to bear a perturbation alone, as triggers do that cover the image, and half a patch at a
     random place over a perturbation. The class t that an image of class s is moved to is drawn with probability
-    r^4 / (r^4 + (1 - r)^4), and where none is drawn the image stays as it is. r is the *rate* at which the change does
-    what a trigger would: the mean over images of p_t(x'; original) (1 - p_t(x'; witness)), for a patch P_st with half
-    the perturbation over images of class s (`rates`), for a perturbation alone over images of each other class, and of
-    these the median (`columns`), since a trigger that covers the image mostly takes all classes to one. In two clean
-    development networks no column exceeded .21; those of a clean-label attack and of four patches at once were .70 to
-    .92. Where the witness still obeys a trigger, the search finds other ways to its
-    target at best: a backdoor that fine-tuning does not wear off may stay.
+    o^4 / (o^4 + h^4), and where none is drawn the image stays as it is. o = r / (1 - r) are the odds of the *rate* r at
+    which the change does what a trigger would: the mean over images of p_t(x'; original) (1 - p_t(x'; witness)), for a
+    patch P_st with half the perturbation over images of class s (`rates`), for a perturbation alone over images of each
+    other class, and of these the median (`columns`), since a trigger that covers the image mostly takes all classes to
+    one. h is 1 for pairs: a rate of .5 is drawn for half of the images. What a trigger does, it does to one class; so
+    for columns h depends on how far the largest stands out: three times the odds o'' of the second largest, but at
+    least 1/9 and at most max(1, sqrt(o' o'')), where o' are the odds of the largest. A class that stands out is drawn
+    at a rate as low as .1, as that of a clean-label attack; where many classes are reached as easily, the largest alone
+    is. In three clean development networks the largest column was .09 to .26, its odds twice those of the second or
+    less; in attacked ones whose trigger covers the image it was .11 to 1.0. Where the witness still obeys a trigger,
+    the search finds other ways to its target at best: a backdoor that fine-tuning does not wear off may stay.
 
     Each class t of `targets` is looked at from at most nine classes s, drawn at random: from all of ten, so that time
     and memory grow with the targets and not with the square of the classes. With more classes a backdoor of a single
@@ -167,14 +176,20 @@ class TriggerStandIns:
         share = 1.0 if self.patches is None else 0.5 if self.perturbations.any() else 0.0
         alone = torch.rand(len(labels), generator=self.generator) < share
         columns = self.columns.expand(len(self.columns), -1)
-        targets = torch.where(alone, self._draw(columns, labels), self._draw(self.rates, labels))
+        second, largest = (self.columns / (1 - self.columns).clamp(min=1e-6)).sort().values[-2:].tolist()
+        half = max(_LEAST, min(_APART * second, max(1.0, math.sqrt(largest * second))))
+        targets = torch.where(alone, self._draw(columns, labels, half), self._draw(self.rates, labels, 1.0))
         patch = torch.where(alone, 0.0, min(1.0, strength))
         return self.move(images, labels, targets, perturbation=strength, patch=patch), targets.to(device)
 
-    def _draw(self, rates: Tensor, labels: Tensor) -> Tensor:
-        """int64 (N,): for each label a class to move towards, or the label itself where none is drawn."""
+    def _draw(self, rates: Tensor, labels: Tensor, half: float) -> Tensor:
+        """int64 (N,): for each label a class to move towards, or the label itself where none is drawn.
+
+        A class of the odds `half` is drawn for half of them.
+        """
         rates = rates.clone().fill_diagonal_(0)
-        chance = rates**4 / (rates**4 + (1 - rates) ** 4)
+        moved, stays = rates**4, (half * (1 - rates)) ** 4
+        chance = moved / (moved + stays)
         chance = chance / chance.sum(1, keepdim=True).clamp(min=1)
         chance = chance + torch.diag(1 - chance.sum(1))
         return torch.multinomial(chance[labels].clamp(min=0), 1, generator=self.generator)[:, 0]

@@ -137,13 +137,13 @@ def test_dragging_typing_and_keys(open_notebook, lab, tmp_path):
     notebook.kernel(
         "import time, pathlib\n"
         "def slow(model, clean):\n"
-        "    while not pathlib.Path('go').exists(): time.sleep(0.05)\n"
+        "    while not pathlib.Path('go-published').exists(): time.sleep(0.05)\n"
         "    yield from mmbm(model, clean, MMBMConfig(epochs=1))\n"
         "module._LEARN['MMAC, published'] = slow"
     )
     page.get_by_role("button", name="MMAC, published").click()
     notebook.expect("document.body.innerText.includes('MMAC, published: starting') ? 'yes' : 'no'", "yes")
-    (lab.root / "go").touch()
+    (lab.root / "go-published").touch()
     notebook.expect("document.body.innerText.includes('MMAC, published: bounds taken') ? 'yes' : 'no'", "yes")
 
     # the cells once more: the new tuner starts anew, the old one is gone

@@ -237,6 +237,11 @@ def test_a_class_that_stands_out_is_drawn_at_a_low_rate(trained: tuple[nn.Module
     assert moved(1, 0.5, 0)[0] == pytest.approx(0.5, **near)  # at most 1,
     assert moved(4, 2, 0) == (pytest.approx(4 / 5, **near), pytest.approx(1 / 5, **near))  # or between the two
     assert moved(1e4, 1e4, 0)[0] == pytest.approx(0.5, **near)
+    # pairs are drawn by their own rates, whatever the columns are
+    found = stand_ins(*trained, limit=0.0, patch=2)
+    found.rates = torch.zeros(4, 4)
+    found.rates[0, 1] = 0.2
+    assert moved(1 / 9, 0, 0)[0] == pytest.approx(1 / 257, abs=0.01)
 
 
 def test_half_of_the_stand_ins_bear_a_perturbation_alone(trained: tuple[nn.Module, LabelledImages]) -> None:

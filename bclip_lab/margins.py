@@ -160,7 +160,7 @@ def maximum_margin_images(
     targets
         int64 (T,): the classes t, in order; all of them by default.
     batch_size
-        Images at once; by default as `bclip_lab.models.images_at_once` has it.
+        Images at once; by default 500 of up to 32x32 pixels, of larger ones fewer.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def maximum_margin_images(
     config = config or MaximumMarginConfig()
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape must be (C, H, W), each at least 1, got {tuple(shape)}")
-    batch_size = images_at_once(shape) if batch_size is None else batch_size
+    batch_size = images_at_once(shape, 500) if batch_size is None else batch_size
     if classes < 2 or batch_size < 1:
         raise ValueError(f"classes must be >= 2 and batch_size >= 1, got {classes} and {batch_size}")
     device = device_of(model)

@@ -79,7 +79,7 @@ def test_a_finished_class_stays_as_it_is_and_the_search_ends_with_the_last() -> 
 
 def test_all_classes_at_once_are_each_class_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     together = run(invert_triggers(planted_network(), corners(), SHORT)).triggers
-    monkeypatch.setattr(inversion, "images_at_once", lambda shape: 1)
+    monkeypatch.setattr(inversion, "images_at_once", lambda shape, most: 1)
     apart = run(invert_triggers(planted_network(), corners(), SHORT)).triggers
     torch.testing.assert_close(apart.masks, together.masks, atol=1e-4, rtol=0)
     torch.testing.assert_close(apart.patterns, together.patterns, atol=1e-4, rtol=0)

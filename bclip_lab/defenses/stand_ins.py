@@ -123,7 +123,7 @@ class TriggerStandIns:
         for source in labels.unique().tolist():
             rows = torch.nonzero(labels == source).flatten()
             own[source] = rows[torch.randperm(len(rows), generator=self.generator)[:_RATED]]
-        for some in self.pairs.split(max(1, images_at_once(fit.images.shape) // _RATED)):
+        for some in self.pairs.split(max(1, images_at_once(fit.images.shape, 500) // _RATED)):
             rated = [own[source] for source in some[:, 0].tolist()]
             rows, counts = torch.cat(rated), torch.tensor([len(rows) for rows in rated])
             targets = some[:, 1].repeat_interleave(counts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -193,3 +195,16 @@ def test_logits_of_a_coarser_type_become_float32() -> None:
 def test_logits_refuse_wrong_images_and_models(model: nn.Module, images: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         logits(model, images)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of Linux")
+def test_a_pass_does_not_ask_for_its_memory_anew() -> None:
+    import resource
+
+    model, images = resnet10(10, seed=0, width=16), random_images(300, 3, 32, 32)
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        logits(model, images)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults[1:]) < 2000, "pages; without mallopt 9,500"

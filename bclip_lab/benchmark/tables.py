@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bclip_lab import zoo
-from bclip_lab.benchmark.cells import FPRS, Row, current, found, recorded, results_dir
+from bclip_lab.benchmark.cells import FPRS, Row, current, found, recorded
 from bclip_lab.benchmark.methods import DEFENCES, DETECTORS, IMAGE_ATTACKS
 from bclip_lab.data.files import write_bytes
 from bclip_lab.data.signs import SIGN_CLASSES
@@ -300,16 +300,26 @@ def tables() -> dict[str, str]:
     ]
     made["mm-bd"] = _grid(("model", "margin of the largest class", "the other classes", "p", "verdict"), verdicts)
     made["attacks"] = _grid(_ATTACKS_HEADER, [_attacked(name) for name in zoo.RECIPES if zoo.RECIPES[name].attack])
-    made["peers"] = _compared(DEFENCES, lambda rows: f"{_cell(rows, 'after', 'acc')} / {_cell(rows, 'after', 'asr')}")
+    attacked = [name for name, recipe in zoo.RECIPES.items() if recipe.attack]
     judges = [name for name, detector in DETECTORS.items() if detector.judges == "images"]
-    made["detectors"] = _compared(judges, lambda rows: f"{_cell(rows, 'auroc')} / {_cell(rows, 'auroc_successful')}")
-    for images in ("cifar10",):
-        rows = []
-        for attack in IMAGE_ATTACKS:
-            for defence in DEFENCES:
-                if fits := recorded(images, f"{attack}-{defence}-fit-*"):
-                    rows.append([*_defended(f"{attack}, {defence}", fits), _seconds(fits)])
-        made[images] = _grid((*_HEADER, "seconds: training, fit"), rows)
+
+    def on_signs(name: str, method: str) -> list[Row]:
+        return recorded(method, f"{name}-{zoo.RECIPES[name].seeds[0]}-fit-*")
+
+    def on_cifar10(name: str, method: str) -> list[Row]:
+        return recorded("cifar10", f"{name}-{method}-fit-*")
+
+    made["peers"] = _compared(
+        DEFENCES, attacked, on_signs, lambda rows: " / ".join(_cell(rows, "after", metric) for metric in ("acc", "asr"))
+    )
+    made["detectors"] = _compared(judges, attacked, on_signs, _both_aurocs)
+    rows = []
+    for attack in IMAGE_ATTACKS:
+        for defence in DEFENCES:
+            if fits := on_cifar10(attack, defence):
+                rows.append([*_defended(f"{attack}, {defence}", fits), _seconds(fits)])
+    made["cifar10"] = _grid((*_HEADER, "seconds: training, fit"), rows)
+    made["cifar10-detectors"] = _compared(judges, IMAGE_ATTACKS, on_cifar10, _both_aurocs)
     return made
 
 
@@ -333,19 +343,27 @@ def _attacked(name: str) -> list[str]:
     return [*cells, _cell(default[:1], "ra_ceiling"), _cell(default, "mmdf", "auroc"), _cell(default, "mmdf", _TPR)]
 
 
-def _compared(methods: Iterable[str], cell: Callable[[Sequence[Row]], str]) -> str:
-    """Attacked checkpoints x methods, those that were measured anywhere."""
-    methods = [method for method in methods if any((results_dir() / method).glob("*.json"))]
+def _compared(
+    methods: Iterable[str],
+    names: Iterable[str],
+    rows_of: Callable[[str, str], list[Row]],
+    cell: Callable[[Sequence[Row]], str],
+) -> str:
+    """Attacks x methods, those that were measured; `rows_of` an attack and a method gives the rows."""
+    every = {(name, method): rows_of(name, method) for name in names for method in methods}
+    names, methods = (dict.fromkeys(pair[axis] for pair, rows in every.items() if rows) for axis in (0, 1))
     lines = []
-    for name, recipe in zoo.RECIPES.items():
-        if recipe.attack is None:
-            continue
-        line = []
+    for name in names:
+        line = [name]
         for method in methods:
-            note, rows = _measured("", recorded(method, f"{name}-{recipe.seeds[0]}-fit-*"))
+            note, rows = _measured("", every[name, method])
             line.append((cell(rows) if rows else "–") + note)
-        lines.append([name, *line])
+        lines.append(line)
     return _grid(("attack", *methods), lines)
+
+
+def _both_aurocs(rows: Sequence[Row]) -> str:
+    return f"{_cell(rows, 'auroc')} / {_cell(rows, 'auroc_successful')}"
 
 
 def spread_of(recorded: dict[str, float] | None) -> str:

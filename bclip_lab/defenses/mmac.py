@@ -249,8 +249,9 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       drawn by what stands out; .13, .011 before the weight w). Which networks resisted told each time where to look;
       what was done about it was chosen on the development networks.
     * *Tried and left:* floors that fall while accuracy allows it; images climbing from clean ones; two and three
-      perturbations a class; stand-ins sought anew on the clipped network; a hinge on their margins in place of the
-      cross-entropy; stand-ins of all clean images instead of half; a mean over those alone that are moved; half a
+      perturbations a class; stand-ins sought anew on the clipped network, all or those of the class that stands out;
+      a hinge on their margins in place of the cross-entropy; stand-ins of all clean images instead of half; a mean
+      over those alone that are moved; three times the weight for patches of pairs, or twice as many; half a
       perturbation beneath a patch; columns drawn by an exponent or by odds that follow the accuracy; the accuracy
       controlling the weight of stand-ins in place of their strength; other witnesses, among them one trained on the
       clean images from scratch, which hardly sees the trigger itself.

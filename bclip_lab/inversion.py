@@ -269,7 +269,7 @@ def invert_triggers(
         running = torch.from_numpy(~schedule.finished).to(device)
         costs = torch.from_numpy(schedule.costs).float().to(device)
         raw_masks.grad, raw_patterns.grad = torch.zeros_like(raw_masks), torch.zeros_like(raw_patterns)
-        for some in torch.nonzero(running).flatten().split(max(1, images_at_once(shape, 500) // len(x))):
+        for some in torch.nonzero(running).flatten().split(max(1, images_at_once(shape) // len(x))):
             own = raw_masks[some].requires_grad_(), raw_patterns[some].requires_grad_()
             masks, patterns = _unit(own[0])[:, None], _unit(own[1])[:, None]
             triggered = torch.lerp(x, patterns, masks).flatten(0, 1).contiguous(memory_format=torch.channels_last)

@@ -160,7 +160,7 @@ def maximum_margin_images(
     targets
         int64 (T,): the classes t, in order; all of them by default.
     batch_size
-        Images at once; by default 500 of up to 32x32 pixels, of larger ones fewer.
+        Images at once; by default 100 of up to 32x32 pixels, of larger ones fewer.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def maximum_margin_images(
     config = config or MaximumMarginConfig()
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape must be (C, H, W), each at least 1, got {tuple(shape)}")
-    batch_size = images_at_once(shape, 500) if batch_size is None else batch_size
+    batch_size = images_at_once(shape) if batch_size is None else batch_size
     if classes < 2 or batch_size < 1:
         raise ValueError(f"classes must be >= 2 and batch_size >= 1, got {classes} and {batch_size}")
     device = device_of(model)
@@ -268,7 +268,7 @@ def maximum_margin_perturbations(
     check_images(images)
     if (witness is None) != (labels is None) or (labels is not None and len(labels) != len(images)):
         raise ValueError("witness and labels go together, and labels must be as many as the images")
-    batch_size = images_at_once(images.shape, 100) if batch_size is None else batch_size
+    batch_size = images_at_once(images.shape) if batch_size is None else batch_size
     if not len(images) or not limit > 0 or steps < 1 or batch_size < 1:
         raise ValueError(
             "images must not be empty, limit > 0, steps and batch_size >= 1, got "

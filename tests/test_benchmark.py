@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bclip_lab import benchmark, zoo
 from bclip_lab.attacks import MarginLimitedAttack
-from bclip_lab.benchmark import Cell, Defence, Detector, Shipped
+from bclip_lab.benchmark import Cell, Defence, Detector, Shipped, Trained
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, TriggeredImages
 from bclip_lab.defenses import MMACConfig, mmac
@@ -402,3 +402,20 @@ def test_a_failed_cell_is_counted_in_the_tables(tmp_path: Path, monkeypatch: pyt
     assert "| patch | .900 / .250 (1 of 2 failed) |" in made["peers"]
     assert [row["seed"] for row in benchmark.found("mmac", "*")] == [0]
     assert [row["seed"] for row in benchmark.recorded("mmac", "*")] == [0, 1]
+
+
+def test_tables_compare_what_was_measured_on_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BCLIP_LAB_DATA", str(tmp_path))
+    monkeypatch.setattr(zoo, "list", list)  # no checkpoint: their cards are not there
+    monkeypatch.setattr(Trained, "_splits", lambda self: SimpleNamespace(classes=tuple("0123456789")))
+    patch, warp = (Trained(images="cifar10", path="", attack=attack) for attack in ("patch", "warp"))
+    for on, method, auroc in ((patch, "strip", 0.25), (patch, "teco", 0.5), (warp, "teco", 0.75)):
+        cell = Cell(on, method, 0)
+        benchmark.write(recorded_row(cell, auroc=auroc, auroc_successful=1.0), *cell.file)
+    lines = benchmark.tables()["cifar10-detectors"].splitlines()
+    assert [line for line in lines if "---" not in line] == [
+        "| attack | strip | teco |",
+        "| patch | .250 / 1.000 | .500 / 1.000 |",
+        "| warp | – | .750 / 1.000 |",
+    ]
+    assert benchmark.tables()["detectors"].splitlines()[0] == "| attack |"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -299,8 +299,8 @@ def tables() -> dict[str, str]:
         for row in found("mm-bd", f"{name}-{recipe.seeds[0]}-fit-0")
     ]
     made["mm-bd"] = _grid(("model", "margin of the largest class", "the other classes", "p", "verdict"), verdicts)
-    made["attacks"] = _grid(_ATTACKS_HEADER, [_attacked(name) for name in zoo.RECIPES if zoo.RECIPES[name].attack])
     attacked = [name for name, recipe in zoo.RECIPES.items() if recipe.attack]
+    made["attacks"] = _grid(_ATTACKS_HEADER, [_attacked(name) for name in attacked])
     judges = [name for name, detector in DETECTORS.items() if detector.judges == "images"]
 
     def on_signs(name: str, method: str) -> list[Row]:
@@ -344,8 +344,8 @@ def _attacked(name: str) -> list[str]:
 
 
 def _compared(
-    methods: Iterable[str],
-    names: Iterable[str],
+    methods: Collection[str],
+    names: Collection[str],
     rows_of: Callable[[str, str], list[Row]],
     cell: Callable[[Sequence[Row]], str],
 ) -> str:

@@ -123,6 +123,7 @@ class TriggerStandIns:
         for source in labels.unique().tolist():
             rows = torch.nonzero(labels == source).flatten()
             own[source] = rows[torch.randperm(len(rows), generator=self.generator)[:_RATED]]
+        # the partition has a part in what is drawn: another one makes other stand-ins of the same seed
         for some in self.pairs.split(max(1, images_at_once(fit.images.shape, 500) // _RATED)):
             rated = [own[source] for source in some[:, 0].tolist()]
             rows, counts = torch.cat(rated), torch.tensor([len(rows) for rows in rated])

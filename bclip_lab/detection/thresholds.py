@@ -71,7 +71,7 @@ class ImageDetector(ABC):
         if not len(images):
             raise ValueError("images is empty")
         device = device_of(self.model)
-        batches = images.split(images_at_once(images.shape, 500))
+        batches = images.split(images_at_once(images.shape))
         return torch.cat([self._score(to_float(batch.to(device))).float() for batch in batches])
 
     def _calibrate(self, clean: LabelledImages) -> Self:

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def _keep_freed_memory() -> None:
-    """Have the allocator of Linux keep what is freed, up to 128 MB, instead of giving it back to the system.
+    """Have the allocator of glibc keep what is freed, up to 128 MB, instead of giving it back to the system.
 
     As it is by default, the memory of most activations is asked for anew in every pass, page by page, which takes as
     long as the pass itself.

@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from traitlets.config import Config
 
 os.environ["MPLBACKEND"] = "Agg"
 
@@ -30,6 +33,16 @@ BROWSERS = (
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
+
+
+@pytest.fixture
+def kernels() -> Iterator[Config]:
+    """Settings of a notebook's kernel: it listens on sockets in a folder.
+
+    A TCP port is chosen before the kernel binds it, and the kernel of a test at the same time may bind it first.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path: a socket's path has some hundred characters at most
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 PATHS = [
@@ -30,13 +31,13 @@ def test_committed_without_outputs(path):
             assert cell.execution_count is None, f"cell {number} holds an execution count: run nbstripout"
 
 
-def execute(path: str, folder: Path) -> None:
+def execute(path: str, folder: Path, config: Config) -> None:
     """Run a notebook in a copy of its folder, so that nothing a cell writes lands in the checkout."""
     copy = folder / "notebooks"
     shutil.copytree(NOTEBOOKS, copy, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     notebook = nbformat.read(copy / path, as_version=4)
     resources = {"metadata": {"path": (copy / path).parent}}
-    client = NotebookClient(notebook, timeout=SECONDS, startup_timeout=SECONDS, resources=resources)
+    client = NotebookClient(notebook, timeout=SECONDS, startup_timeout=SECONDS, resources=resources, config=config)
     # Figures are drawn inline as in JupyterLab, and no start-up file of the user's takes part.
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     client.execute(env=env | {"IPYTHONDIR": str(folder / "ipython")})
@@ -44,12 +45,12 @@ def execute(path: str, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
-def test_runs(path, tmp_path, record_property):
+def test_runs(path, tmp_path, record_property, kernels):
     record_property("notebook", path)
     start = time.perf_counter()
     error = None
     try:
-        execute(path, tmp_path)
+        execute(path, tmp_path, kernels)
     except CellExecutionError as failure:
         error = str(failure)
     finally:

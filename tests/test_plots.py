@@ -816,7 +816,7 @@ def test_live_does_not_import_ipython(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_saved_notebook_shows_the_last_picture(tmp_path, monkeypatch):
+def test_a_saved_notebook_shows_the_last_picture(tmp_path, monkeypatch, kernels):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures inline, as in JupyterLab
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     source = """
@@ -836,7 +836,7 @@ def learn():
         ]
     )
     with contextlib.suppress(CellExecutionError):
-        NotebookClient(notebook, timeout=600, startup_timeout=600, allow_errors=True).execute()
+        NotebookClient(notebook, timeout=600, startup_timeout=600, allow_errors=True, config=kernels).execute()
     _, whole, broken, drawn = (
         [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
         for cell in notebook.cells

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_notebooks
 from benchmarks.measure import SMALL, fresh
+from traitlets.config import Config
 
 import bclip_lab as bl
 
@@ -63,10 +64,10 @@ def test_training(measure: Callable[..., Any], mixed: bool, request: pytest.Fixt
 
 
 @pytest.mark.parametrize("path", test_notebooks.PATHS)
-def test_notebook(measure: Callable[..., Any], path: str, tmp_path: Path) -> None:
+def test_notebook(measure: Callable[..., Any], path: str, tmp_path: Path, kernels: Config) -> None:
     def seconds() -> float:
         start = time.perf_counter()
-        test_notebooks.execute(path, tmp_path)
+        test_notebooks.execute(path, tmp_path, kernels)
         return time.perf_counter() - start
 
     measure("notebooks (wanted: 60 each, 300 together)", path, seconds, seconds=float)

@@ -58,7 +58,7 @@ from bclip_lab.defenses import (
     unlearn,
 )
 from bclip_lab.detection import IBDPSC, MMBD, MMDF, STRIP, NeuralCleanse, ScaleUp, TeCo
-from bclip_lab.evaluation import Evaluation, RocCurve, Visibility, evaluate
+from bclip_lab.evaluation import Evaluation, RocCurve, SiteASR, Visibility, evaluate, site_asr
 from bclip_lab.inversion import InversionConfig, InvertedTriggers, invert_triggers
 from bclip_lab.margins import MaximumMarginConfig, classification_margins, maximum_margin_images
 from bclip_lab.models import logits
@@ -115,6 +115,7 @@ __all__ = [
     "RocCurve",
     "ScaleUp",
     "SinusoidTrigger",
+    "SiteASR",
     "Splits",
     "TeCo",
     "TrainConfig",
@@ -143,6 +144,7 @@ __all__ = [
     "nad",
     "run",
     "save_bounds",
+    "site_asr",
     "train",
     "unlearn",
     "zoo",

@@ -66,6 +66,9 @@ def _asked(arguments: argparse.Namespace) -> Grid:
         grid = replace(grid, checkpoints=kept)
     if arguments.methods:
         grid = replace(grid, methods=tuple(arguments.methods))
+    if arguments.explained:
+        methods = tuple(arguments.methods) if arguments.methods else None
+        grid = replace(grid, methods=methods, explained=True)
     return replace(grid, seeds=tuple(arguments.seeds)) if arguments.seeds else grid
 
 
@@ -215,6 +218,9 @@ def main(words: Sequence[str] | None = None) -> int:
     bench.add_argument("--grid", default="small", help="small (default), paper, training-seeds, or a TOML file")
     bench.add_argument("--images", metavar="FOLDER", help="CIFAR-10 for --grid paper")
     bench.add_argument("--methods", nargs="+", choices=methods, help="all of the grid by default")
+    bench.add_argument(
+        "--explained", action="store_true", help="of MMAC: measure, too, which sites hold a backdoor back"
+    )
     bench.add_argument("--seeds", nargs="+", type=int, help="of the methods; those of the grid by default")
     _add_output(bench)
     bench.set_defaults(call=_bench)

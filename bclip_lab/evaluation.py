@@ -9,10 +9,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages, check_images, to_float
 from bclip_lab.models import logits
 
-__all__ = ["Evaluation", "RocCurve", "Visibility", "evaluate"]
+__all__ = ["Evaluation", "RocCurve", "SiteASR", "Visibility", "evaluate", "site_asr"]
 
 _BATCH = 500  # images at once in `Visibility.from_images`; memory is bounded by it
 
@@ -98,6 +99,75 @@ def evaluate(model: nn.Module, test: LabelledImages, attack: Attack | None = Non
         return Evaluation.from_decisions(scores.argmax(1), labels)
     triggered = attack.triggered(test)
     return Evaluation.from_decisions(scores.argmax(1), labels, logits(model, triggered.images).argmax(1), triggered)
+
+
+@dataclass(frozen=True)
+class SiteASR:
+    """ASR with the bounds of one site taken by themselves.
+
+    alone
+        ASR where this site alone is clipped: near 0, its bounds are enough; near the unclipped network's, they do
+        nothing by themselves.
+    opened
+        ASR where every site but this one is clipped: near the unclipped network's, the defence hangs on this site;
+        near the clipped one's, the others do without it.
+    """
+
+    alone: float
+    opened: float
+
+
+def site_asr(clipped: ClippedModel, triggered: TriggeredImages) -> dict[str, SiteASR]:
+    """Where the bounds act: for every site the ASR with its bounds alone, and with all others.
+
+    Two numbers, since sites share the work: a backdoor that several sites hold back comes through none that is opened,
+    and one that only all of them together hold back is stopped by none alone.
+
+    Parameters
+    ----------
+    clipped
+        With the bounds that are to be looked at; they are as before afterwards.
+    triggered
+        Of which no true label is the target, as an attack makes them.
+
+    Returns
+    -------
+    dict
+        For every site, in the order of the sites, `SiteASR`, each in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        There are no triggered images.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bclip_lab.attacks import AllToOne, BackdoorAttack, PatchTrigger
+    >>> from bclip_lab.models import resnet10
+    >>> images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> clean = LabelledImages(images, torch.arange(8) % 4, ("a", "b", "c", "d"))
+    >>> triggered = BackdoorAttack(PatchTrigger(), AllToOne(0), 0.1).triggered(clean)
+    >>> list(site_asr(ClippedModel(resnet10(4, seed=0, width=4)), triggered))[:2]
+    ['relu', 'stages.0.0.relu']
+    """
+    if not len(triggered.images):
+        raise ValueError("triggered holds no images")
+    learned = clipped.bounds
+    opened = dict.fromkeys(learned, float("inf"))
+
+    def asr(bounds: dict[str, Tensor | float]) -> float:
+        clipped.set_bounds(bounds)
+        decided = logits(clipped, triggered.images).argmax(1)
+        return float((decided == triggered.targets.to(decided.device)).double().mean())
+
+    try:
+        return {
+            site: SiteASR(asr({**opened, site: learned[site]}), asr({**learned, site: float("inf")}))
+            for site in learned
+        }
+    finally:
+        clipped.set_bounds(learned)
 
 
 @dataclass(frozen=True, eq=False)

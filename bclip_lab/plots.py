@@ -39,7 +39,7 @@ from bclip_lab.benchmark import summary
 from bclip_lab.clipping import ClippedModel, abnormality
 from bclip_lab.data.images import Attack, LabelledImages, TriggeredImages, check_images, to_float
 from bclip_lab.detection import MMBD
-from bclip_lab.evaluation import Evaluation, RocCurve, Visibility
+from bclip_lab.evaluation import Evaluation, RocCurve, SiteASR, Visibility, site_asr
 from bclip_lab.margins import classification_margins
 from bclip_lab.models import logits
 
@@ -61,6 +61,7 @@ __all__ = [
     "MaximumMarginDisplay",
     "RocDisplay",
     "ScoreDisplay",
+    "SiteDisplay",
     "SweepDisplay",
     "TradeOffDisplay",
     "TriggerGalleryDisplay",
@@ -1335,6 +1336,98 @@ class SweepDisplay:
         values = [self.margins[row, self.named[row]] for _, row in wrong]
         places = [place for place, _ in wrong]
         ax.plot(places, values, "kx", markersize=8, markeredgewidth=2, label="another class, named", gid="wrong")
+
+
+@dataclass(frozen=True, eq=False)
+class SiteDisplay:
+    """Where bounds hold a backdoor back: the ASR with each site clipped alone, and with each site opened alone.
+
+    F fits on one network, S sites: `alone` and `opened` float64 (F, S), as in `bclip_lab.SiteASR`; `before` and `after`
+    float64 (F,), the ASR with no site clipped and with all.
+    """
+
+    sites: tuple[str, ...]
+    alone: Floats = field(repr=False)
+    opened: Floats = field(repr=False)
+    before: Floats = field(repr=False)
+    after: Floats = field(repr=False)
+    ax_: Axes = field(init=False, repr=False)
+    figure_: Figure | SubFigure = field(init=False, repr=False)
+
+    @classmethod
+    def from_model(cls, clipped: ClippedModel, triggered: TriggeredImages) -> SiteDisplay:
+        """Measure with `bclip_lab.site_asr`, by the bounds in force; raises `ValueError` where there are no images."""
+        before, after = (
+            float((logits(model, triggered.images).argmax(1).cpu() == triggered.targets.cpu()).double().mean())
+            for model in (clipped.original, clipped)
+        )
+        return cls._from_fits([(site_asr(clipped, triggered), before, after)])
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> SiteDisplay:
+        """Take recorded fits on one network: `sites`, `before` and `after` of each.
+
+        Raises `ValueError` where there is no row, one lacks any of these, or their sites differ.
+
+        Examples
+        --------
+        >>> from bclip_lab import benchmark
+        >>> display = SiteDisplay.from_rows(benchmark.found("mmac-explained", "patch-0-fit-*"))
+        >>> display.sites[0], display.alone.shape
+        ('relu', (3, 9))
+        """
+        if not rows:
+            raise ValueError("rows is empty")
+        for index, row in enumerate(rows):
+            if missing := {"sites", "before", "after"} - row.keys():
+                raise ValueError(f"row {index} has no {', '.join(sorted(missing))}")
+            if row["sites"].keys() != rows[0]["sites"].keys():
+                raise ValueError(f"row {index} has other sites than row 0")
+        return cls._from_fits(
+            [
+                (
+                    {site: SiteASR(told["alone"], told["opened"]) for site, told in row["sites"].items()},
+                    row["before"]["asr"],
+                    row["after"]["asr"],
+                )
+                for row in rows
+            ]
+        )
+
+    @classmethod
+    def _from_fits(cls, fits: Sequence[tuple[Mapping[str, SiteASR], float, float]]) -> SiteDisplay:
+        alone, opened = (
+            _array([[getattr(asr, name) for asr in sites.values()] for sites, _, _ in fits])
+            for name in ("alone", "opened")
+        )
+        before, after = _array([asr for _, asr, _ in fits]), _array([asr for _, _, asr in fits])
+        return cls(tuple(fits[0][0]), alone, opened, before, after)
+
+    def plot(self, ax: Axes | None = None) -> SiteDisplay:
+        """Draw on `ax`, or on a new figure of pyplot: the mean over the fits, with a line from least to most."""
+        ax = _axes(ax, 7, 2.2 + 0.36 * len(self.sites))
+        for value, line, name in ((self.before, "solid", "no site clipped"), (self.after, "dotted", "all clipped")):
+            ax.axvline(value.mean(), color=_GREY, linestyle=line, linewidth=1.5, label=name, gid=name)
+        styles = (
+            (self.alone, "o", TRIGGERED, -0.14, "this site clipped alone"),
+            (self.opened, "D", "white", 0.14, "all clipped but this site"),
+        )
+        for values, marker, face, shift, name in styles:
+            places = np.arange(len(self.sites)) + shift
+            ax.hlines(places, values.min(0), values.max(0), color=TRIGGERED, linewidth=1.5)
+            ax.plot(
+                values.mean(0), places, linestyle="none", marker=marker, markersize=8, markeredgewidth=1.5,
+                color=TRIGGERED, markerfacecolor=face, label=name, gid=name,
+            )  # fmt: skip
+        ax.set_yticks(range(len(self.sites)), self.sites)
+        ax.set_ylim(len(self.sites) - 0.5, -0.5)
+        ax.set_xlim(-0.04, 1.04)
+        _label(ax, "Which site holds the backdoor back?", "attack success rate (ASR)", "")
+        _open(ax)
+        ax.grid(axis="y", color="0.9")
+        ax.legend(fontsize=_TICK, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
+        _keep(self, ax_=ax, figure_=ax.figure)
+        return self
 
 
 def _metric_lines(ax: Axes, metrics: Floats) -> None:

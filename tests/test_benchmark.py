@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from bclip_lab import benchmark, zoo
 from bclip_lab.attacks import MarginLimitedAttack
 from bclip_lab.benchmark import Cell, Defence, Detector, Shipped, Trained
-from bclip_lab.clipping import ClippedModel
+from bclip_lab.clipping import ClippedModel, abnormality
 from bclip_lab.data.images import LabelledImages, TriggeredImages
 from bclip_lab.defenses import MMACConfig, mmac
 from bclip_lab.detection import MMDF
-from bclip_lab.evaluation import evaluate
-from bclip_lab.margins import MaximumMarginConfig
+from bclip_lab.evaluation import evaluate, site_asr
+from bclip_lab.margins import MaximumMarginConfig, classification_margins
+from bclip_lab.models import logits
 from bclip_lab.training import run
 
 
@@ -44,17 +45,33 @@ def test_a_row_is_what_the_parts_measure(quick: MMACConfig) -> None:
     splits = checkpoint.splits()
     splits = type(splits)(splits.train[:10], splits.defender, splits.calibration, splits.test[:300])
     clean = zoo.load("clean-0", device="cpu").model
-    row = run(benchmark.measure(checkpoint.model, splits, checkpoint.attack, "mmac", 0, clean))
+    row = run(benchmark.measure(checkpoint.model, splits, checkpoint.attack, "mmac", 0, clean, explained=True))
     clipped = ClippedModel(checkpoint.model)
-    run(mmac(clipped, splits.defender, quick))
+    step = run(mmac(clipped, splits.defender, quick))
+    assert step.stand_ins is not None and checkpoint.attack is not None
+    triggered = checkpoint.attack.triggered(splits.test)
     for when, model in (("before", checkpoint.model), ("after", clipped)):
         result = evaluate(model, splits.test, checkpoint.attack)
+        margins = classification_margins(logits(model, triggered.images), triggered.targets)
+        assert row["margins"]["triggered"][when][1] == pytest.approx(float(margins.median()), abs=0.05)
+        assert row["margins"]["triggered"][when] == sorted(row["margins"]["triggered"][when])
+        margins = classification_margins(logits(model, splits.test), splits.test.labels)
+        assert row["margins"]["clean"][when][2] == pytest.approx(float(margins.quantile(0.9)), abs=1e-3)
         assert row[when] == {
             "acc": result.acc, "asr": result.asr, "ra": result.ra, "clean": 300, "triggered": result.triggered
         }  # fmt: skip
     detector = MMDF(clipped).fit(splits.calibration)
     assert row["mmdf"]["fpr"] == pytest.approx(float(detector.detect(splits.test).float().mean()))
     assert row["ra_ceiling"] == evaluate(clean, splits.test, checkpoint.attack).ra
+    unclipped = ClippedModel(checkpoint.model)
+    both = (unclipped.activations(images, quantiles=()) for images in (splits.test, triggered.images))
+    largest = {site: float(ratios.max()) for site, ratios in abnormality(*both).items()}
+    assert row["sites"] == {
+        site: {"alone": asr.alone, "opened": asr.opened, "abnormality": largest[site]}
+        for site, asr in site_asr(clipped, triggered).items()
+    }
+    np.testing.assert_allclose(row["stand_ins"]["rates"], step.stand_ins.rates, atol=5e-4)
+    np.testing.assert_allclose(row["stand_ins"]["columns"], step.stand_ins.columns, atol=5e-4)
     assert [step["epoch"] for step in row["history"]] == [1]
     json.dumps(row, allow_nan=False)
 
@@ -63,9 +80,10 @@ def test_a_clean_model_has_neither_asr_nor_ceiling(quick: MMACConfig) -> None:
     checkpoint = zoo.load("clean-0", device="cpu")
     splits = checkpoint.splits()
     splits = type(splits)(splits.train[:10], splits.defender, splits.calibration, splits.test[:100])
-    row = run(benchmark.measure(checkpoint.model, splits, None))
+    row = run(benchmark.measure(checkpoint.model, splits, None, explained=True))
     assert set(row["after"]) == {"acc", "clean", "triggered"} and "ra_ceiling" not in row
     assert set(row["mmdf"]) == {"nominal_fpr", "fpr"}
+    assert set(row["margins"]) == {"clean"} and "sites" not in row
 
 
 def test_every_attack_of_a_set_is_judged_alone(quick: MMACConfig) -> None:
@@ -103,6 +121,32 @@ def test_the_table_of_attacks_says_what_each_row_recorded(tmp_path: Path, monkey
     assert line.split(" | ")[1:] == [
         ".900 / .250 / .500", "attacked, target 'yield'", "–", ".900 ± .000", ".200 ± .141", ".500 ± .000", ".625",
         ".750 ± .000", ".500 ± .000 |",
+    ]  # fmt: skip
+
+
+def test_the_table_of_sites_names_the_extremes_of_the_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = {name: zoo.load(name) for name in zoo.list()}
+    cells = [Cell(Shipped("patch", 0), "mmac", seed, explained=True) for seed in (0, 1)]
+    first = Cell(Shipped("patch", 0), "mmac", 0)
+    monkeypatch.setenv("BCLIP_LAB_DATA", str(tmp_path))
+    monkeypatch.setattr(zoo, "load", recorded.__getitem__)
+    # by one fit alone another site would be named than by the mean
+    sites = {"relu": [(0.5, 0.3, 1.5), (0.3, 0.4, 1.5)], "relu_1": [(0.25, 0.9, 3.0), (0.75, 0.1, 3.0)]}
+    for index, cell in enumerate(cells):
+        told = {
+            site: dict(zip(("alone", "opened", "abnormality"), fits[index], strict=True))
+            for site, fits in sites.items()
+        }
+        margins = {"triggered": {"before": [1.0, 12.25, 20.0]}, "clean": {"before": [2.0, 7.5, 9.0]}}
+        stand_ins = {"columns": [0.0, 0.25], "rates": [[0.0, 0.5], [0.125, 0.0]]}
+        row = {"before": {"asr": 1.0}, "after": {"asr": 0.25}, "margins": margins, "stand_ins": stand_ins}
+        benchmark.write(recorded_row(cell, sites=told, **row), *cell.file)
+    benchmark.write(recorded_row(first, before={"asr": 1.0}, after={"asr": 0.125}), *first.file)
+    header, _, line = benchmark.tables()["sites"].splitlines()
+    assert header.count("|") == line.count("|")
+    assert line.strip("| ").split(" | ") == [
+        "patch", ".125", ".250 ± .000", "12.2", "7.5", "3.00 (relu_1)", ".40 (relu)", ".50 (relu_1)",
+        ".250 ± .000", ".500 ± .000",
     ]  # fmt: skip
 
 

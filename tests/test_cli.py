@@ -59,12 +59,21 @@ def test_bench_fills_a_grid_in_and_writes_what_is_asked_for(
     assert "2 cells, 0 of them measured now, 0 failed" in capsys.readouterr().out
 
 
+def test_bench_explains_fits_of_mmac_in_rows_of_their_own(quick: None, tmp_path: Path) -> None:
+    words = ["bench", "patch", "--seeds", "1", "--explained", "--out", str(tmp_path), "--jobs", "1"]
+    assert main(words) == 0
+    row = benchmark.read("mmac-explained", "patch-0-fit-1", folder=tmp_path)
+    assert benchmark.current(row) and len(row["sites"]) == 9 and row["margins"].keys() == {"clean", "triggered"}
+    assert [path.name for path in tmp_path.iterdir()] == ["mmac-explained"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--grid", "paper"], "needs --images"),
         (["--grid", "none.toml"], "none.toml does not exist"),
         (["magic"], "the grid small has no checkpoints magic"),
+        (["patch", "--explained", "--methods", "mm-bm"], "only fits of mmac can be explained, got mm-bm"),
     ],
 )
 def test_bench_says_what_is_wrong_with_its_words(

@@ -14,8 +14,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from bclip_lab.attacks import AllToAll, AllToOne, BackdoorAttack, OneToOne
+from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages, TriggeredImages
-from bclip_lab.evaluation import Evaluation, RocCurve, Visibility, evaluate
+from bclip_lab.evaluation import Evaluation, RocCurve, SiteASR, Visibility, evaluate, site_asr
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -284,3 +285,57 @@ def test_visibility_of_many_images_is_the_mean_over_all_of_them() -> None:
 def test_visibility_refuses(clean: Tensor, triggered: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Visibility.from_images(clean, triggered)
+
+
+# --- sites ---
+
+
+def two_sites() -> ClippedModel:
+    """Both channels of two ReLUs in a row hold the image's value; the second is doubled and decides."""
+    convolution = nn.Conv2d(1, 2, 1, bias=False)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+    return ClippedModel(nn.Sequential(convolution, nn.ReLU(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
+
+def on_ones(count: int) -> TriggeredImages:
+    zeros, ones = torch.zeros(count).long(), torch.ones(count).long()
+    return TriggeredImages(torch.ones(count, 1, 2, 2), zeros, ones, torch.arange(count), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (0.5, math.inf, {"1": SiteASR(0.0, 1.0), "2": SiteASR(1.0, 0.0)}),  # the first site does it
+        (0.5, 0.5, {"1": SiteASR(0.0, 0.0), "2": SiteASR(0.0, 0.0)}),  # either is enough
+        (math.inf, math.inf, {"1": SiteASR(1.0, 1.0), "2": SiteASR(1.0, 1.0)}),  # nobody does
+    ],
+)
+def test_site_asr_tells_which_site_holds_a_backdoor_back(
+    first: float, second: float, expected: dict[str, SiteASR]
+) -> None:
+    clipped = two_sites()
+    bounds = {"1": torch.tensor([math.inf, first]), "2": torch.tensor([math.inf, second])}
+    clipped.set_bounds(bounds)
+    assert site_asr(clipped, on_ones(4)) == expected
+    for site, bound in clipped.bounds.items():
+        assert torch.equal(bound, bounds[site]), "the bounds are as before"
+
+
+def test_site_asr_leaves_the_bounds_as_they_were_when_it_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped = two_sites()
+    clipped.set_bounds({"1": 0.5})
+    before = clipped.bounds
+
+    def broken_off(*_: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bclip_lab.evaluation.logits", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        site_asr(clipped, on_ones(2))
+    assert all(torch.equal(bound, before[site]) for site, bound in clipped.bounds.items())
+
+
+def test_site_asr_refuses_no_images() -> None:
+    with pytest.raises(ValueError, match="triggered holds no images"):
+        site_asr(two_sites(), on_ones(0))

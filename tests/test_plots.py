@@ -41,6 +41,7 @@ from bclip_lab.plots import (
     MaximumMarginDisplay,
     RocDisplay,
     ScoreDisplay,
+    SiteDisplay,
     SweepDisplay,
     TradeOffDisplay,
     TriggerGalleryDisplay,
@@ -944,6 +945,46 @@ def test_a_sweep_refuses_rows_that_lack_something():
         SweepDisplay.from_rows([], target=0)
     with pytest.raises(ValueError, match="row 0 has no after, mm_bd"):
         SweepDisplay.from_rows([{"strength": 0, "margin": 5, "before": {}}], target=0)
+
+
+def fit_of(alone, opened, after=0.1):
+    sites = {site: {"alone": a, "opened": o} for site, a, o in zip(("relu", "relu_1"), alone, opened, strict=True)}
+    return {"sites": sites, "before": {"asr": 1.0}, "after": {"asr": after}}
+
+
+def test_sites_show_the_mean_of_the_fits_and_their_range():
+    display = SiteDisplay.from_rows([fit_of((0.2, 0.9), (0.3, 0.1)), fit_of((0.4, 0.7), (0.5, 0.1), after=0.3)]).plot()
+    assert display.sites == ("relu", "relu_1")
+    drawn = {line.get_gid(): line.get_xdata() for line in display.ax_.lines}
+    np.testing.assert_allclose(drawn["this site clipped alone"], [0.3, 0.8])
+    np.testing.assert_allclose(drawn["all clipped but this site"], [0.4, 0.1])
+    np.testing.assert_allclose(drawn["no site clipped"], 1)
+    np.testing.assert_allclose(drawn["all clipped"], 0.2)
+    spans = [segment[:, 0].tolist() for lines in display.ax_.collections for segment in lines.get_segments()]
+    assert spans == [[0.2, 0.4], [0.7, 0.9], [0.3, 0.5], [0.1, 0.1]]
+    assert [label.get_text() for label in display.ax_.get_yticklabels()] == ["relu", "relu_1"]
+
+
+def test_sites_of_a_model_are_measured_by_its_bounds_in_force():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+    zeros, ones = torch.zeros(4).long(), torch.ones(4).long()
+    images = TriggeredImages(torch.ones(4, 1, 2, 2), zeros, ones, torch.arange(4), ("a", "b"))
+    clipped = ClippedModel(model)
+    clipped.set_bounds({"1": torch.tensor([torch.inf, 0.5])})
+    display = SiteDisplay.from_model(clipped, images)
+    assert (display.before.tolist(), display.after.tolist()) == ([1.0], [0.0])
+    assert (display.alone.tolist(), display.opened.tolist()) == ([[0.0, 1.0]], [[1.0, 0.0]])
+
+
+def test_sites_refuse_rows_that_lack_something():
+    with pytest.raises(ValueError, match="rows is empty"):
+        SiteDisplay.from_rows([])
+    with pytest.raises(ValueError, match="row 0 has no after, before"):
+        SiteDisplay.from_rows([{"sites": {}}])
+    with pytest.raises(ValueError, match="row 1 has other sites than row 0"):
+        SiteDisplay.from_rows([fit_of((0.2, 0.9), (0.3, 0.1)), {"sites": {}, "before": {}, "after": {}}])
 
 
 # --- the field ----------------------------------------------------------------------------------------------

@@ -29,13 +29,14 @@ from bclip_lab import zoo
 from bclip_lab.attacks import AttackSet, BackdoorAttack, MarginLimitedAttack
 from bclip_lab.benchmark.memory import Peak
 from bclip_lab.benchmark.methods import DEFENCES, DETECTORS, IMAGE_ATTACKS, Defence, Detector, named
-from bclip_lab.clipping import ClippedModel
+from bclip_lab.clipping import ClippedModel, abnormality
 from bclip_lab.data import image_folder
 from bclip_lab.data.files import cache_dir, data_dir, load_tensors, save_tensors, write_bytes
 from bclip_lab.data.images import Attack, LabelledImages, Splits
-from bclip_lab.defenses import MMBMConfig, mmbm
+from bclip_lab.defenses import MMACStep, MMBMConfig, mmbm
 from bclip_lab.detection import MMDF
-from bclip_lab.evaluation import RocCurve, evaluate
+from bclip_lab.evaluation import RocCurve, evaluate, site_asr
+from bclip_lab.margins import classification_margins
 from bclip_lab.models import logits, resnet10
 from bclip_lab.training import TrainConfig, TrainStep, run
 
@@ -69,6 +70,7 @@ _TPR = "tpr_at_fpr_0.01"
 # What the rows of each kind hold. A new measure is a new recipe: rows without it are measured again.
 _MEASURED = {
     "defence": ["evaluation", "mmdf"],
+    "explained": ["evaluation", "mmdf", "sites", "margins", "stand-ins"],
     "images": ["auroc", "auroc_successful", "rates"],
     "models": ["verdict"],
 }
@@ -84,6 +86,8 @@ def measure(
     defence: str | Defence = "mmac",
     seed: int = 0,
     clean_model: nn.Module | None = None,
+    *,
+    explained: bool = False,
 ) -> Iterator[Row]:
     """Fit a defence on the defender's images and judge it on the test images.
 
@@ -93,10 +97,15 @@ def measure(
     and its history. Of a defence that clips, MMDF too, calibrated on `splits.calibration`: its AUROC, its TPR and FPR
     at the Gaussian threshold, and its accuracy on triggered images after correction.
 
+    Where it is to be `explained`, of MMAC alone, also: under `sites`, for every site the ASR `alone` and `opened`
+    (`site_asr`), and the `abnormality` of its most abnormal channel beside the clean test images; under `margins`, the
+    quantiles .1, .5 and .9 of the margins of `clean` test images of their true class and of `triggered` ones of the
+    target, before and after; and of its `stand_ins` the `rates` and `columns`.
+
     Raises
     ------
     ValueError
-        An unknown defence.
+        An unknown defence, or one that is to be explained and is not MMAC.
     """
     if isinstance(defence, str) and defence not in DEFENCES:
         raise ValueError(f"defence must be one of {', '.join(DEFENCES)}, got {defence!r}")
@@ -120,9 +129,49 @@ def measure(
         ]
     if isinstance(defended, ClippedModel):
         row["mmdf"] = _mmdf(defended, splits, attack)
+    if explained:
+        if not isinstance(step, MMACStep):
+            raise ValueError(f"only fits of MMAC can be explained, got {defence!r}")
+        row |= _explained(model, step, splits.test, attack)
     if attack is not None and clean_model is not None:
         row["ra_ceiling"] = evaluate(clean_model, splits.test, attack).ra
     yield row
+
+
+def _explained(model: nn.Module, step: MMACStep, test: LabelledImages, attack: Attack | None) -> Row:
+    """Which sites hold a backdoor back, how sure of itself it was, and what stood in for triggered images."""
+    judged = {"clean": (test.images, test.labels)}
+    told: Row = {}
+    if attack is not None:
+        triggered = attack.triggered(test)
+        judged["triggered"] = (triggered.images, triggered.targets)
+        unclipped = ClippedModel(model)
+        ours, theirs = (unclipped.activations(images, quantiles=()) for images, _ in judged.values())
+        ratios = abnormality(ours, theirs)
+        told["sites"] = {
+            site: {**asdict(asr), "abnormality": float(ratios[site].max())}
+            for site, asr in site_asr(step.model, triggered).items()
+        }
+    told["margins"] = {
+        kind: {
+            when: _quantiles(classification_margins(logits(network, images), classes.cpu()))
+            for when, network in (("before", model), ("after", step.model))
+        }
+        for kind, (images, classes) in judged.items()
+    }
+    if step.stand_ins is not None:
+        told["stand_ins"] = {part: _plain_list(getattr(step.stand_ins, part)) for part in ("rates", "columns")}
+    return told
+
+
+def _plain_list(values: Tensor) -> list[Any]:
+    """A tensor as JSON holds it, to three decimals."""
+    listed: list[Any] = values.double().round(decimals=3).tolist()
+    return listed
+
+
+def _quantiles(values: Tensor) -> list[Any]:
+    return _plain_list(values.double().quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)))
 
 
 def _mmdf(clipped: ClippedModel, splits: Splits, attack: Attack | None) -> dict[str, float]:
@@ -352,14 +401,16 @@ class Trained:
 # --- cells --------------------------------------------------------------------------------------------------
 
 
-def recipe_of(on: Row, method: str, seed: int) -> Row:
+def recipe_of(on: Row, method: str, seed: int, explained: bool = False) -> Row:
     """The recipe of a cell, as JSON holds it, on what `Shipped.describe` or `Trained.describe` tells of."""
     how = named(method)
     kind = "defence" if isinstance(how, Defence) else "detector"
+    if explained and kind == "detector":
+        raise ValueError(f"only fits of MMAC can be explained, got {method!r}")
     recipe = on | {kind: {"name": method, **how.describe(seed)}, "seed": seed}
     if kind == "detector":  # it has no part in what a detector reaches
         recipe.pop("ceiling", None)
-    recipe["measured"] = _MEASURED["defence" if isinstance(how, Defence) else how.judges]
+    recipe["measured"] = _MEASURED["explained" if explained else getattr(how, "judges", kind)]
     plain: Row = json.loads(json.dumps(recipe, allow_nan=False))  # tuples become lists, as they do in a file
     return plain
 
@@ -380,7 +431,8 @@ def key_of(recipe: Row) -> str:
 class Cell:
     """A method, by its name in `DEFENCES` or `DETECTORS`, on a checkpoint with a seed.
 
-    `recipe` tells all that its row is a function of.
+    With `explained` more is measured, see `measure`, and the row has a folder of its own. `recipe` tells all that it is
+    a function of.
 
     Examples
     --------
@@ -392,15 +444,17 @@ class Cell:
     checkpoint: Shipped | Trained
     method: str
     seed: int
+    explained: bool = False
     recipe: Row = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recipe", recipe_of(self.checkpoint.describe(), self.method, self.seed))
+        recipe = recipe_of(self.checkpoint.describe(), self.method, self.seed, self.explained)
+        object.__setattr__(self, "recipe", recipe)
 
     @property
     def file(self) -> tuple[str, str]:
         """Folder and name of its row, readable; there is one row for all versions of the recipe, the newest."""
-        return self.checkpoint.file(self.method, self.seed)
+        return self.checkpoint.file(self.method + "-explained" * self.explained, self.seed)
 
     def stored(self, folder: Path) -> Row | None:
         """Its row in a folder of results, if it is there and was measured by this recipe."""
@@ -421,7 +475,8 @@ def fill(cell: Cell, method: Defence | Detector) -> Row:
             raise ValueError("this machine has another checkpoint of this name than the one that asks for the cell")
         on = cell.checkpoint.load()
         if isinstance(method, Defence):
-            row = run(measure(on.model, on.splits, on.attack, method, cell.seed, on.clean_model))
+            fit = measure(on.model, on.splits, on.attack, method, cell.seed, on.clean_model, explained=cell.explained)
+            row = run(fit)
         elif method.judges == "images":
             row = judge_images(on.model, on.splits, on.attack, method, cell.seed)
         else:
@@ -493,7 +548,8 @@ def current(row: Row) -> bool:
         if "sha256" in on["checkpoint"]:
             with contextlib.suppress(FileNotFoundError):
                 on = Shipped(on["checkpoint"]["name"], on["checkpoint"]["training_seed"]).describe()
-        today = recipe_of(on, recipe.get("defence", recipe.get("detector"))["name"], recipe["seed"])
+        name = recipe.get("defence", recipe.get("detector"))["name"]
+        today = recipe_of(on, name, recipe["seed"], recipe["measured"] == _MEASURED["explained"])
     except ValueError:  # a method or a checkpoint that the lab no longer has
         return False
     return bool(today == recipe)

@@ -31,11 +31,13 @@ class Grid:
         Names of `DEFENCES` and `DETECTORS`; None is all of them.
     seeds
         Of the methods: three by default.
+    explained
+        Measure more of each fit of MMAC, the only method then: see `measure`.
 
     Raises
     ------
     ValueError
-        No checkpoint, method or seed, or an unknown one.
+        No checkpoint, method or seed, or an unknown one; or another method than MMAC is to be explained.
 
     Examples
     --------
@@ -47,9 +49,13 @@ class Grid:
     checkpoints: tuple[Shipped | Trained, ...]
     methods: tuple[str, ...] | None = None
     seeds: tuple[int, ...] = SEEDS
+    explained: bool = False
 
     def __post_init__(self) -> None:
-        methods = (*DEFENCES, *DETECTORS) if self.methods is None else tuple(self.methods)
+        every = ("mmac",) if self.explained else (*DEFENCES, *DETECTORS)
+        methods = every if self.methods is None else tuple(self.methods)
+        if self.explained and methods != ("mmac",):
+            raise ValueError(f"only fits of mmac can be explained, got {', '.join(methods)}")
         object.__setattr__(self, "methods", methods)
         for name in ("checkpoints", "methods", "seeds"):
             if not getattr(self, name):
@@ -124,7 +130,7 @@ class Grid:
         for checkpoint in self.checkpoints:
             for method in self.methods or ():
                 for seed in self.seeds[:1] if named(method).once else self.seeds:
-                    yield Cell(checkpoint, method, seed)
+                    yield Cell(checkpoint, method, seed, self.explained)
 
     def __len__(self) -> int:
         each = [1 if named(method).once else len(self.seeds) for method in self.methods or ()]

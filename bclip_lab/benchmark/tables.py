@@ -306,6 +306,15 @@ def tables() -> dict[str, str]:
     def on_signs(name: str, method: str) -> list[Row]:
         return recorded(method, f"{name}-{zoo.RECIPES[name].seeds[0]}-fit-*")
 
+    made["sites"] = _grid(
+        _SITES_HEADER,
+        [
+            _where(name, on_signs(name, "mmac"), fits)
+            for name in attacked
+            if (fits := _measured("", on_signs(name, "mmac-explained"))[1])
+        ],
+    )
+
     def on_cifar10(name: str, method: str) -> list[Row]:
         return recorded("cifar10", f"{name}-{method}-fit-*")
 
@@ -341,6 +350,36 @@ def _attacked(name: str) -> list[str]:
     cells = [name, before, _verdict(name, verdict[0])[-1] if verdict else "–", after if published else "–"]
     cells += [_cell(default, "after", metric) for metric in ("acc", "asr", "ra")]
     return [*cells, _cell(default[:1], "ra_ceiling"), _cell(default, "mmdf", "auroc"), _cell(default, "mmdf", _TPR)]
+
+
+_SITES_HEADER = (
+    "attack", "ASR left", "ASR left, fitted again", "median margin before: triggered", "clean", "most abnormal site",
+    "ASR, one site clipped: least", "ASR, one site opened: most", "stand-ins: largest column", "largest pair",
+)  # fmt: skip
+
+
+def _where(name: str, first: Sequence[Row], fits: Sequence[Row]) -> list[str]:
+    """Where a backdoor is held back, how sure of itself it was, and how loud its stand-ins: means over `fits`.
+
+    `first` are the fits of the same seeds that all other tables are of.
+    """
+
+    def at(measure: str, best: Callable[[dict[str, float]], str]) -> str:
+        means = {site: float(np.mean([fit["sites"][site][measure] for fit in fits])) for site in fits[0]["sites"]}
+        site = best(means)
+        return f"{means[site]:.2f}".removeprefix("0") + f" ({site})"
+
+    def largest(part: str) -> str:
+        return spread([float(np.max(fit["stand_ins"][part])) for fit in fits])
+
+    def most(means: dict[str, float]) -> str:
+        return max(means, key=means.__getitem__)
+
+    margins = [f"{fits[0]['margins'][kind]['before'][1]:.1f}" for kind in ("triggered", "clean")]
+    least = at("alone", lambda means: min(means, key=means.__getitem__))
+    acts = [at("abnormality", most), least, at("opened", most)]
+    asrs = [_cell(rows, "after", "asr") for rows in (first, fits)]
+    return [name, *asrs, *margins, *acts, largest("columns"), largest("rates")]
 
 
 def _compared(

@@ -1386,7 +1386,10 @@ class SiteDisplay:
         return cls._from_fits(
             [
                 (
-                    {site: SiteASR(told["alone"], told["opened"]) for site, told in row["sites"].items()},
+                    {
+                        site: SiteASR(row["sites"][site]["alone"], row["sites"][site]["opened"])
+                        for site in rows[0]["sites"]
+                    },
                     row["before"]["asr"],
                     row["after"]["asr"],
                 )

@@ -86,6 +86,18 @@ def test_a_clean_model_has_neither_asr_nor_ceiling(quick: MMACConfig) -> None:
     assert set(row["margins"]) == {"clean"} and "sites" not in row
 
 
+@pytest.mark.parametrize("method", ["nad", "mmdf"])
+def test_only_fits_of_mmac_can_be_explained(method: str) -> None:
+    with pytest.raises(ValueError, match=f"only fits of MMAC can be explained, got '{method}'"):
+        Cell(Shipped("patch", 0), method, 0, explained=True)
+
+
+def test_a_fit_that_cannot_be_explained_is_not_begun() -> None:
+    checkpoint = zoo.load("patch", device="cpu")
+    with pytest.raises(ValueError, match="only fits of MMAC can be explained, got 'nad'"):
+        next(benchmark.measure(checkpoint.model, checkpoint.splits(), None, "nad", explained=True))
+
+
 def test_every_attack_of_a_set_is_judged_alone(quick: MMACConfig) -> None:
     checkpoint = zoo.load("x2x", device="cpu")
     splits = checkpoint.splits()

@@ -953,7 +953,9 @@ def fit_of(alone, opened, after=0.1):
 
 
 def test_sites_show_the_mean_of_the_fits_and_their_range():
-    display = SiteDisplay.from_rows([fit_of((0.2, 0.9), (0.3, 0.1)), fit_of((0.4, 0.7), (0.5, 0.1), after=0.3)]).plot()
+    first, second = fit_of((0.2, 0.9), (0.3, 0.1)), fit_of((0.4, 0.7), (0.5, 0.1), after=0.3)
+    second["sites"] = dict(reversed(second["sites"].items()))
+    display = SiteDisplay.from_rows([first, second]).plot()
     assert display.sites == ("relu", "relu_1")
     drawn = {line.get_gid(): line.get_xdata() for line in display.ax_.lines}
     np.testing.assert_allclose(drawn["this site clipped alone"], [0.3, 0.8])

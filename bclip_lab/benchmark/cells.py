@@ -33,7 +33,7 @@ from bclip_lab.clipping import ClippedModel, abnormality
 from bclip_lab.data import image_folder
 from bclip_lab.data.files import cache_dir, data_dir, load_tensors, save_tensors, write_bytes
 from bclip_lab.data.images import Attack, LabelledImages, Splits
-from bclip_lab.defenses import MMACStep, MMBMConfig, mmbm
+from bclip_lab.defenses import MMACConfig, MMACStep, MMBMConfig, mmbm
 from bclip_lab.detection import MMDF
 from bclip_lab.evaluation import RocCurve, evaluate, site_asr
 from bclip_lab.margins import classification_margins
@@ -110,6 +110,8 @@ def measure(
     if isinstance(defence, str) and defence not in DEFENCES:
         raise ValueError(f"defence must be one of {', '.join(DEFENCES)}, got {defence!r}")
     fit = DEFENCES[defence] if isinstance(defence, str) else defence
+    if explained and not isinstance(fit.config, MMACConfig):
+        raise ValueError(f"only fits of MMAC can be explained, got {defence!r}")
     row: Row = {"before": _plain(evaluate(model, splits.test, attack))}
     history: list[dict[str, float]] = []
     _warm_up()
@@ -130,8 +132,6 @@ def measure(
     if isinstance(defended, ClippedModel):
         row["mmdf"] = _mmdf(defended, splits, attack)
     if explained:
-        if not isinstance(step, MMACStep):
-            raise ValueError(f"only fits of MMAC can be explained, got {defence!r}")
         row |= _explained(model, step, splits.test, attack)
     if attack is not None and clean_model is not None:
         row["ra_ceiling"] = evaluate(clean_model, splits.test, attack).ra
@@ -405,7 +405,7 @@ def recipe_of(on: Row, method: str, seed: int, explained: bool = False) -> Row:
     """The recipe of a cell, as JSON holds it, on what `Shipped.describe` or `Trained.describe` tells of."""
     how = named(method)
     kind = "defence" if isinstance(how, Defence) else "detector"
-    if explained and kind == "detector":
+    if explained and not (isinstance(how, Defence) and isinstance(how.config, MMACConfig)):
         raise ValueError(f"only fits of MMAC can be explained, got {method!r}")
     recipe = on | {kind: {"name": method, **how.describe(seed)}, "seed": seed}
     if kind == "detector":  # it has no part in what a detector reaches

@@ -5,13 +5,15 @@
     python tests/benchmarks/development.py sine-8 clean-1 --witness --seeds 0 1 2
 
 Networks that the cache does not hold are trained first, half a minute of a core each. A line tells, of a network and a
-seed, ASR and the accuracy lost after a fit with these settings; with `--witness`, those of a witness alone.
+seed, ASR and the accuracy lost after a fit with these settings; with `--witness`, those of a witness alone (one of that
+seed: the fit draws another for its own).
 Tune here, then measure the zoo once (`python -m bclip_lab bench`): what is chosen by the zoo's rows proves nothing
 about them.
 """
 
 import argparse
 import ast
+import io
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -20,7 +22,7 @@ from joblib import Parallel, delayed
 from PIL import Image, ImageDraw
 
 import bclip_lab as bl
-from bclip_lab.data.files import cache_dir, load_tensors, save_tensors
+from bclip_lab.data.files import cache_dir, load_tensors, save_tensors, write_bytes
 from bclip_lab.data.images import Splits
 
 
@@ -28,10 +30,11 @@ def picture(name: str, draw: Callable[[ImageDraw.ImageDraw], None]) -> str:
     """The path of a picture to blend in, drawn if it is not there."""
     path = cache_dir() / "development" / f"{name}.png"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.new("RGB", (96, 96), (90, 130, 60))
         draw(ImageDraw.Draw(image))
-        image.save(path)
+        content = io.BytesIO()
+        image.save(content, "png")
+        write_bytes(path, content.getvalue())
     return str(path)
 
 
@@ -84,7 +87,8 @@ def trained(name: str) -> tuple[Any, Any, Splits]:
     """A network with its attack and images, from the cache or trained now."""
     seed, attack = networks()[name]
     splits, path = bl.data.signs(seed=seed), cache_dir() / "development" / f"{name}.safetensors"
-    model, how = bl.models.resnet10(classes=10, seed=seed), {"seed": seed, "attack": str(attack)}
+    config = bl.TrainConfig(seed=seed, epochs=20 if name == "warp" else 10)
+    model, how = bl.models.resnet10(classes=10, seed=seed), {"attack": str(attack), "train": str(config)}
     if path.is_file() and (kept := load_tensors(path))[1].items() >= how.items():
         model.load_state_dict(kept[0])
         return model.eval(), attack, splits
@@ -95,7 +99,7 @@ def trained(name: str) -> tuple[Any, Any, Splits]:
         data = attack.poison(splits.train, surrogate)
     elif attack is not None:
         data = attack.poison(splits.train)
-    bl.run(bl.train(model, data, bl.TrainConfig(seed=seed, epochs=20 if name == "warp" else 10)))
+    bl.run(bl.train(model, data, config))
     save_tensors(path, model.state_dict(), how)
     return model.eval(), attack, splits
 

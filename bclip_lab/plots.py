@@ -1425,7 +1425,7 @@ class SiteDisplay:
         ax.set_yticks(range(len(self.sites)), self.sites)
         ax.set_ylim(len(self.sites) - 0.5, -0.5)
         ax.set_xlim(-0.04, 1.04)
-        _label(ax, "Which site holds the backdoor back?", "attack success rate (ASR)", "")
+        _label(ax, "Which site holds the backdoor back?", "attack success rate (ASR)", "activation site")
         _open(ax)
         ax.grid(axis="y", color="0.9")
         ax.legend(fontsize=_TICK, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -230,17 +229,25 @@ def test_only_the_allocator_that_can_is_told_to_keep_what_is_freed(
     assert calls == called
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only this C library is told to keep memory")
 def test_a_pass_does_not_ask_for_its_memory_anew() -> None:
-    # In a fresh interpreter: what others have freed before decides what the allocator keeps by itself.
+    # In fresh interpreters: what others have freed before decides what the allocator keeps by itself.
     code = """
-import resource, torch
+import resource, sys, torch
+system, sys.platform = sys.platform, sys.argv[1] or sys.platform
 from bclip_lab.models import logits, resnet10
+sys.platform = system
 model, images = resnet10(10, seed=0, width=16), torch.rand(300, 3, 32, 32)
-for _ in range(3):
+for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     logits(model, images)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout.splitlines()[-1]) < 2000, "pages; some 10,000 where the memory is asked for anew"
+
+    def pages(system: str) -> int:
+        run = subprocess.run([sys.executable, "-c", code, system], capture_output=True, text=True, check=True)
+        return sorted(map(int, run.stdout.split()))[2]  # the median: some passes still ask for a little
+
+    told, untold = pages(""), pages("another system, which is not told")
+    assert told <= untold + 5000, "nowhere worse for it"
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        assert told < 5000, f"{untold}, some 30,000, where the memory is asked for anew"

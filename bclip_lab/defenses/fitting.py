@@ -46,6 +46,28 @@ def _fold(network: fx.GraphModule, bounds: Iterable[Tensor], images: Tensor) -> 
     return folded if error <= 1e-3 * expected.abs().max().clamp(min=1) else network
 
 
+class _Fast(nn.Module):
+    """A frozen network's float32 logits, computed in bfloat16 where that is fast: bit for bit as by autocast alone.
+
+    Convolutions and linear layers have their weights in bfloat16 for good. Autocast would convert them in every pass,
+    since it keeps only what asks for a gradient.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.network, self.device, self.enabled = network, device.type, bfloat16_is_fast(device)
+        if self.enabled:
+            for module in network.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    module.bfloat16()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of a batch."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.enabled):
+            out: Tensor = self.network(images)
+        return out.float()
+
+
 class BoundFit:
     """A network whose bounds can be differentiated, the clean images it must keep, and an Adam over the bounds.
 
@@ -98,23 +120,20 @@ class BoundFit:
             clipped.set_bounds({site: (start * usual[site][0]).clamp(min=0) for site in fitted})
         network, bounds = clipped.differentiable()
         self.bounds = {site: bounds[site] for site in fitted}
-        self.network = _fold(network, bounds.values(), self.images[:8])
-        self.unclipped = _fold(_without_clips(network), (), self.images[:8])
+        both = _fold(network, bounds.values(), self.images[:8]), _fold(_without_clips(network), (), self.images[:8])
+        self.network, self.unclipped = (_Fast(each, device) for each in both)  # after both: they may share weights
         self.optimiser = torch.optim.Adam(list(self.bounds.values()), lr=learning_rate)
 
     def folded(self, model: nn.Module) -> nn.Module:
         """A copy of another classifier of these images for speed: frozen, its batch norm folded where that can be."""
-        return _fold(_without_clips(ClippedModel(model).differentiable()[0]), (), self.images[:8])
+        network = _fold(_without_clips(ClippedModel(model).differentiable()[0]), (), self.images[:8])
+        return _Fast(network, self.images.device)
 
-    def without_gradient(self, model: nn.Module, images: Tensor) -> Tensor:
-        """float32 logits of a model in evaluation mode, without a gradient; precise as in `logits`."""
-        with torch.no_grad(), self._autocast():
-            out: Tensor = model(images)
-        return out.float()
-
+    @torch.no_grad()
     def originals(self, images: Tensor) -> Tensor:
         """float32 logits of the original for images on its device, without a gradient; precise as in `logits`."""
-        return self.without_gradient(self.unclipped, images)
+        out: Tensor = self.unclipped(images)
+        return out
 
     def logits(self, images: Tensor) -> Tensor:
         """float32 logits of the clipped network, differentiable by the bounds.
@@ -122,13 +141,8 @@ class BoundFit:
         Computed in bfloat16 where that is fast: the bounds are learned a little noisier, while every decision
         that is reported comes from the clipped model itself, in float32.
         """
-        with self._autocast():
-            out: Tensor = self.network(images)
-        return out.float()
-
-    def _autocast(self) -> torch.autocast:
-        device = self.images.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device))
+        out: Tensor = self.network(images)
+        return out
 
     def step(self, loss: Tensor) -> None:
         """One step of Adam down `loss`; bounds stay at or above zero, where a ReLU can still pass nothing."""

@@ -132,8 +132,8 @@ class TriggerStandIns:
                 moved = self.move(fit.images[rows], labels[rows], targets, perturbation=perturbation, patch=patch)
                 reached = fit.originals(moved).softmax(1)[torch.arange(len(targets)), targets]
                 if witness is not None:
-                    with evaluating(witness):
-                        seen = fit.without_gradient(witness, moved).softmax(1)[torch.arange(len(targets)), targets]
+                    with evaluating(witness), torch.no_grad():
+                        seen = witness(moved).float().softmax(1)[torch.arange(len(targets)), targets]
                     reached = reached * (1 - seen)
                 means = [each.mean() for each in reached.cpu().split(counts.tolist())]
                 rates[some[:, 0], some[:, 1]] = torch.stack(means)

@@ -16,7 +16,7 @@ from torch import nn
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages
 from bclip_lab.defenses import FineTuneConfig, MMACConfig, MMBMConfig, mmac, mmbm
-from bclip_lab.defenses.fitting import BoundFit
+from bclip_lab.defenses.fitting import BoundFit, _fold
 from bclip_lab.defenses.stand_ins import TriggerStandIns
 from bclip_lab.margins import (
     MaximumMarginConfig,
@@ -608,6 +608,22 @@ def test_the_folded_network_computes_what_the_clipped_model_computes(
     fit = BoundFit(clipped, data, start=0.7, learning_rate=0.1)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fit.network.modules())
     torch.testing.assert_close(fit.logits(fit.images).detach(), logits(clipped, fit.images), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_in_bfloat16_change_no_bit_of_what_autocast_computes(
+    trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bclip_lab.defenses.fitting.bfloat16_is_fast", lambda device: True)
+    model, data = trained
+    clipped = ClippedModel(model)
+    fit = BoundFit(clipped, data, start=0.7, learning_rate=0.1)
+    assert all(m.weight.dtype == torch.bfloat16 for m in fit.network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    assert all(p.dtype == torch.float32 for p in model.parameters()), "the model's own weights were cast"
+    network, bounds = clipped.differentiable()
+    folded = _fold(network, bounds.values(), fit.images[:8])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = folded(fit.images).float()
+    assert torch.equal(fit.logits(fit.images), expected)
 
 
 def test_only_images_that_the_model_decides_correctly_are_used() -> None:

@@ -208,6 +208,24 @@ def test_a_patch_raises_the_margin_of_its_class_on_images_of_the_other() -> None
             maximum_margin_patches(OneToOne(), data.images, data.labels, pairs, **{"size": 1, **change})
 
 
+def test_only_the_third_of_the_patches_that_reaches_most_goes_on() -> None:
+    # only the key of class 2 moves anything: its pair goes on after half of six steps, of .1 each
+    seen: list[int] = []
+
+    class Watched(OneToOne):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return super().forward(x)
+
+    data, pairs = three_pixels(), torch.tensor([[1, 0], [2, 1], [0, 2]])
+    one, six = (
+        maximum_margin_patches(Watched(), data.images, data.labels, pairs, size=1, steps=steps, seed=5)
+        for steps in (1, 6)
+    )
+    assert seen == [9, 9, 9, 9, 3, 3, 3]
+    assert float(six[2, 1] - one[2, 1]) == pytest.approx(0.5, abs=1e-4)
+
+
 def test_stand_ins_are_drawn_by_what_the_original_makes_of_them(trained: tuple[nn.Module, LabelledImages]) -> None:
     found = stand_ins(*trained, limit=0.1, patch=2)
     found.rates = torch.tensor([[0, 0.5, 0.2, 0], [0, 0, 0, 0], [0.9, 0.9, 0, 0], [0, 0, 1.0, 0]])

@@ -308,11 +308,7 @@ def tables() -> dict[str, str]:
 
     made["sites"] = _grid(
         _SITES_HEADER,
-        [
-            _where(name, on_signs(name, "mmac"), fits)
-            for name in attacked
-            if (fits := _measured("", on_signs(name, "mmac-explained"))[1])
-        ],
+        [_where(name, fits) for name in attacked if (fits := _measured("", on_signs(name, "mmac-explained"))[1])],
     )
 
     def on_cifar10(name: str, method: str) -> list[Row]:
@@ -353,16 +349,13 @@ def _attacked(name: str) -> list[str]:
 
 
 _SITES_HEADER = (
-    "attack", "ASR left", "ASR left, fitted again", "median margin before: triggered", "clean", "most abnormal site",
+    "attack", "ASR left", "median margin before: triggered", "clean", "most abnormal site",
     "ASR, one site clipped: least", "ASR, one site opened: most", "stand-ins: largest column", "largest pair",
 )  # fmt: skip
 
 
-def _where(name: str, first: Sequence[Row], fits: Sequence[Row]) -> list[str]:
-    """Where a backdoor is held back, how sure of itself it was, and how loud its stand-ins: means over `fits`.
-
-    `first` are the fits of the same seeds that all other tables are of.
-    """
+def _where(name: str, fits: Sequence[Row]) -> list[str]:
+    """Where a backdoor is held back, how sure of itself it was, and how loud its stand-ins: means over `fits`."""
 
     def at(measure: str, best: Callable[[dict[str, float]], str]) -> str:
         means = {site: float(np.mean([fit["sites"][site][measure] for fit in fits])) for site in fits[0]["sites"]}
@@ -378,8 +371,7 @@ def _where(name: str, first: Sequence[Row], fits: Sequence[Row]) -> list[str]:
     margins = [f"{fits[0]['margins'][kind]['before'][1]:.1f}" for kind in ("triggered", "clean")]
     least = at("alone", lambda means: min(means, key=means.__getitem__))
     acts = [at("abnormality", most), least, at("opened", most)]
-    asrs = [_cell(rows, "after", "asr") for rows in (first, fits)]
-    return [name, *asrs, *margins, *acts, largest("columns"), largest("rates")]
+    return [name, _cell(fits, "after", "asr"), *margins, *acts, largest("columns"), largest("rates")]
 
 
 def _compared(

@@ -62,8 +62,8 @@ class MMACConfig:
         Hinge only: how the copy of the network is fine-tuned that stand-ins are sought against; None seeks them without
         one. Lower its learning rate for wide networks.
     shift
-        Hinge only: clean images are moved by up to so many pixels in either direction, their edges repeated: more
-        clean images for nothing. 0 leaves them.
+        Hinge only: clean images are moved by up to so many pixels in either direction, their edges repeated, and shall
+        be decided as where they were: more clean images for nothing. 0 leaves them.
     accuracy_target
         What the accuracy on the clean images of the fit may fall to. Hinge: perturbations begin 1.5 times as strong as
         they were sought, and after every epoch from `perturbation_from` on they are made exp(20 (accuracy - target))
@@ -84,7 +84,7 @@ class MMACConfig:
     """
 
     objective: str = "hinge"
-    epochs: int = 12
+    epochs: int = 10
     batch_size: int = 50
     learning_rate: float = 0.2
     start: float = 0.6
@@ -94,13 +94,13 @@ class MMACConfig:
     perturbation: float = 16 / 255
     patch: int = 4
     witness: FineTuneConfig | None = field(default_factory=lambda: FineTuneConfig(epochs=12))
-    perturbation_from: int = 5
+    perturbation_from: int = 4
     shift: int = 2
     accuracy_target: float = 0.985
     weight_from: int = 30
     weight_every: int = 10
     weight_factor: float = 1.2
-    synthetic: MaximumMarginConfig = field(default_factory=lambda: MaximumMarginConfig(per_class=5))
+    synthetic: MaximumMarginConfig = field(default_factory=lambda: MaximumMarginConfig(per_class=5, steps=20))
     classes: int = 50
     remake_every: int | None = None
     seed: int = 0
@@ -144,6 +144,7 @@ class MMACConfig:
             weight=0.002,
             accuracy_target=0.95,
             perturbation=0.0,
+            perturbation_from=5,  # without perturbations nothing follows from it but the recipe of recorded rows
             patch=0,
             witness=None,
             synthetic=MaximumMarginConfig.published(),
@@ -189,26 +190,25 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
     lowering margins that are harmless already, and clean accuracy pays. The lab's default has one, keeps decisions
     instead of logits, and adds a second kind of stand-in for triggered images:
 
-        mean over x of w(x) CE(p(x), p(x; Z)) + mean over x of CE(p(x), p(x'; Z))
+        mean over x of w(x) CE(p(x), p(x~; Z)) + mean over x of CE(p(x), p(x'; Z))
                                               + lambda * mean over x_t of max(0, m_t(x_t; Z) - tau).
 
     p is the softmax of the logits and CE the cross-entropy. tau is the 90 % quantile of the clean images' own margins:
-    no image, however made, shall be decided with more confidence than clean ones are. x' is x moved towards another
-    class t by a perturbation of at most 16/255, one for every t, alone or beneath a patch of 4x4 pixels at a random
-    place, one for every pair of classes. It shall be decided as x is. Both are sought to move the original and to leave
-    a *witness* where it is, a copy of the network that is fine-tuned on the clean images for a few epochs and has lost
-    most of a backdoor by then; and classes are drawn by how well that succeeds: see `TriggerStandIns`. They are made
-    fainter where the clean images cannot bear them: see `MMACConfig.accuracy_target`. The clean images of a class c
-    have the weight w = 1 + a / 2n, where of the images of a step n are of class c and a stand-ins are moved to it
-    (a running mean): what takes stand-ins away from a class must leave it its own. Every bound begins at 0.6 of
-    what is usual for its channel.
+    no image, however made, shall be decided with more confidence than clean ones are. x~ is x, shifted by up to two
+    pixels, and x' is x~ moved towards another class t by a perturbation of at most 16/255, one for every t, alone or
+    beneath a patch of 4x4 pixels at a random place, one for every pair of classes. It shall be decided as x is. Both
+    are sought to move the original and to leave a *witness* where it is, a copy of the network that is fine-tuned on
+    the clean images for a few epochs and has lost most of a backdoor by then; and classes are drawn by how well that
+    succeeds: see `TriggerStandIns`. They are made fainter where the clean images cannot bear them: see
+    `MMACConfig.accuracy_target`. The clean images of a class c have the weight w = 1 + a / 2n, where of the images of a
+    step n are of class c and a stand-ins are moved to it (a running mean): what takes stand-ins away from a class must
+    leave it its own. Every bound begins at 0.6 of what is usual for its channel.
 
     **How this was chosen.** On development networks that are not in the zoo: rendered signs of six other seeds,
     thirty-three of them attacked, with other triggers, targets and training seeds, and three clean; and CIFAR-10 with
     another patch and another warp, on another split of the test images. The fit itself sees clean images only and is
     the same for every model. (ASR / drop, the accuracy lost on test images; mostly one seed each, and seeds differ:
-    a sinusoid kept .06 to .18. The points were found with the settings of their day,
-    0.6 against 0.4 and *As it is* with those of today.)
+    a sinusoid kept .06 to .18. The points were found with the settings of their day, *As it is* with those of today.)
 
     * *Keep the logits, and the backdoor keeps its way.* With the published squared error as the term for clean images a
       blended backdoor kept ASR .34, with cross-entropy .07. Bounds fitted with the *triggered* images in hand reach
@@ -243,20 +243,23 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       (sinusoid .05, two triggers .004, checkerboard .003; free .05, .004, .000), nor did both kinds together.
     * *accuracy_target.* .99 in place of .985 costs .006 less and leaves more: .29 of a sinusoid for .10, .22 of a
       one-to-one backdoor for .14. .9875 leaves as much, at .001 less.
-    * *epochs.* Eight, with a target of .99 held from the third on, are the same trade: mean ASR .033 for .027 on
-      twenty-six networks, at drop .010 for .012, and an eighth of the time saved. Twenty-four, held from the tenth on,
-      leave .066 of eight that resist where twelve leave .053, at the same drop (two seeds, target .9875 both). Eight
-      again, with a target of .9875 and half as many steps for the images of largest margin, take three quarters of the
-      time; development networks hardly told (.035 for .031, two seeds of seven), but of the zoo's they leave .072 where
-      twelve leave .058: .013 more [.005, .024], in twenty-six fits with the same seeds on one machine. With 16 steps
-      for the patches as well, and rates from half as many images, one fit of X2X kept .43.
-    * *As it is*, on nineteen of the attacked networks and two of CIFAR-10: mean ASR .024 (.037 before stand-ins were
-      drawn by what stands out), the most of a sinusoid of five periods (.12, mean of two seeds), a clean-label attack
-      (.10 of .54) and a one-to-one backdoor (.10, mean of two); drop .002 to .025, mean .013, as before; clean networks
-      .002 to .005. On CIFAR-10 the patch keeps .02 / .024, the warp .06 / .012.
-    * *What judged it.* The zoo and README's rows came last: mean ASR .04, at drop .012 (.08, .011 before stand-ins were
-      drawn by what stands out; .13, .011 before the weight w). Which networks resisted told each time where to look;
-      what was done about it was chosen on the development networks.
+    * *epochs.* Twenty-four, held from the tenth on, leave .066 of eight networks that resist where twelve, held from
+      the fifth on, leave .053, at the same drop (two seeds). Twelve were the default, with p(x~) in the place of p(x),
+      which takes a pass more in every step, 40 steps for the images of largest margin and all pairs of patches sought
+      to the end. Without these, ten epochs take four fifths of the time and leave as much: on seven attacked
+      development networks, two seeds each, mean ASR .021 for .031, drop .007 both; three clean ones pay .006 both.
+      Eight, with the target .9875 held from the third on, leave more: development networks hardly told (.035 for .031),
+      but of the zoo's they left .072 where twelve leave .058, .013 more [.005, .024], in twenty-six fits with the same
+      seeds on one machine.
+    * *As it is*, `tests/benchmarks/development.py --seeds 0 1`: thirteen attacked networks, mean ASR .014, drop .009;
+      the most of two triggers (.11, .07), a warp (.02, .03) and a clean-label attack (.03, .03). Three clean ones pay
+      .003 to .011, mean .006. (Twelve epochs had left .10 of another clean-label attack, of a sinusoid of five periods
+      and of a one-to-one backdoor, whose networks are lost.) On CIFAR-10 (another patch, another warp; twelve epochs)
+      .02 / .024 and .06 / .012.
+    * *What judged it.* The zoo and README's rows came last: mean ASR .046, at drop .012 (twelve epochs, same seeds and
+      machine: .050, .012, a difference of -.003 [-.010, .003] over 17 networks; .08, .011 before stand-ins were drawn
+      by what stands out; .13, .011 before the weight w). Which networks resisted told each time where to look; what was
+      done about it was chosen on the development networks.
     * *Tried and left:* floors that fall while accuracy allows it; images climbing from clean ones; two and three
       perturbations a class; stand-ins sought anew on the clipped network, all or those of the class that stands out;
       a hinge on their margins in place of the cross-entropy; stand-ins of all clean images instead of half; a mean
@@ -266,9 +269,7 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       clean images from scratch, which hardly sees the trigger itself; stand-ins that may grow to 2.5 times their
       strength while accuracy is above its target; a search that minds only what the witness gives to the target, which
       removes sinusoids and leaves .02 of a one-to-one backdoor for .09, but takes .011 of three clean networks, for
-      .006, and leaves .14 of a clean-label attack, for .02. Worth more tries: p(x) of the image as it was before the
-      augmentation moved it, which saves a forward pass, left as much with ten epochs as twelve leave (.028 for .029 in
-      twelve fits).
+      .006, and leaves .14 of a clean-label attack, for .02.
 
     Parameters
     ----------
@@ -356,7 +357,7 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
                     done = (epoch + step / steps) / config.epochs
                     fit.optimiser.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * done)) / 2
                     batch = augment(fit.images[rows], shift=config.shift, flip=False, generator=generator)
-                    keep = fit.originals(batch).softmax(1)
+                    keep = fit.targets[rows].softmax(1)
                     parts, weights = [images[made], batch], torch.ones(len(rows), device=batch.device)
                     if stand_ins is not None:
                         changed, to = stand_ins.make(batch[::2], fit.labels[rows][::2], share)

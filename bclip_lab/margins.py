@@ -360,8 +360,8 @@ def maximum_margin_patches(
     trigger is close to such a patch, also where the backdoor acts on a single class. With a witness the patch
     maximises m_t(x') - 5 CE(s, h(x')), as in `maximum_margin_perturbations`.
 
-    After two fifths of the steps only the third of the pairs goes on that has reached most, as a mean over these
-    steps: few pairs are like a backdoor, and a hopeless one takes as long as another.
+    After two fifths of the steps, rounded up, only the third of all pairs goes on that has reached most, as a mean over
+    these steps: few pairs are like a backdoor, and a hopeless one takes as long as another.
 
     Parameters
     ----------
@@ -420,16 +420,15 @@ def maximum_margin_patches(
     members = {s: torch.nonzero(labels == s).flatten() for s in pairs[:, 0].unique().tolist()}
     if empty := [s for s, rows in members.items() if not len(rows)]:
         raise ValueError(f"pairs: there is no image of class {empty[0]}")
-    found, late = [torch.empty(0, images.shape[1], size, size, device=device)], steps * 3 // 5
+    patches = torch.rand(len(pairs), images.shape[1], size, size, generator=generator).to(device)
+    rest, late = torch.arange(len(pairs)), steps * 3 // 5
     with evaluating(model), evaluating(model if witness is None else witness):
-        for some in pairs.split(max(1, batch_size // _PER_PATCH)):
-            patches = torch.rand(len(some), images.shape[1], size, size, generator=generator).to(device)
-            rest = torch.arange(len(some))
-            for length in (steps - late, late):
-                better = patches[rest].requires_grad_()
+        for length in (steps - late, late):
+            reached = torch.zeros(len(pairs))
+            for some in rest.split(max(1, batch_size // _PER_PATCH)):
+                better = patches[some].requires_grad_()
                 optimiser = torch.optim.Adam([better], lr=0.1)
-                reached = torch.zeros(len(rest), device=device)
-                sources, targets = some[rest].repeat(_PER_PATCH, 1).unbind(1)
+                sources, targets = pairs[some].repeat(_PER_PATCH, 1).unbind(1)
                 for _ in range(length):
                     rows = torch.stack([_one_of(members[s], generator) for s in sources.tolist()]).to(device)
                     x = place_patches(clean[rows], better.repeat(_PER_PATCH, 1, 1, 1), generator)
@@ -437,15 +436,14 @@ def maximum_margin_patches(
                     gain = classification_margins(_ascent_logits(model, x), targets)
                     if witness is not None:
                         gain = gain - _seen(witness, x, sources)
-                    reached += gain.detach().view(_PER_PATCH, -1).sum(0)
+                    reached[some] += gain.detach().view(_PER_PATCH, -1).sum(0).cpu()
                     (better.grad,) = torch.autograd.grad(-gain.sum(), better)
                     optimiser.step()
                     with torch.no_grad():
                         better.clamp_(0, 1)
-                patches[rest] = better.detach()
-                rest = rest[reached.cpu().topk((len(rest) + 2) // 3).indices.sort().values]
-            found.append(patches)
-    return torch.cat(found)
+                patches[some] = better.detach()
+            rest = reached.topk((len(pairs) + 2) // 3).indices.sort().values
+    return patches
 
 
 def _one_of(rows: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from benchmarks.plain import plain_mmac
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.images import LabelledImages
@@ -218,12 +219,16 @@ def test_only_the_third_of_the_patches_that_reaches_most_goes_on() -> None:
             return super().forward(x)
 
     data, pairs = three_pixels(), torch.tensor([[1, 0], [2, 1], [0, 2]])
-    one, six = (
-        maximum_margin_patches(Watched(), data.images, data.labels, pairs, size=1, steps=steps, seed=5)
-        for steps in (1, 6)
+    one, six, in_turn = (
+        maximum_margin_patches(
+            Watched(), data.images, data.labels, pairs, size=1, steps=steps, batch_size=batch_size, seed=5
+        )
+        for steps, batch_size in ((1, 9), (6, 9), (6, 3))
     )
-    assert seen == [9, 9, 9, 9, 3, 3, 3]
-    assert float(six[2, 1] - one[2, 1]) == pytest.approx(0.5, abs=1e-4)
+    # the last sought one pair after another; all of them compete
+    assert seen == [9] + [9, 9, 9, 3, 3, 3] + [3] * 12
+    for patches in (six, in_turn):
+        assert float(patches[2, 1] - one[2, 1]) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_stand_ins_are_drawn_by_what_the_original_makes_of_them(trained: tuple[nn.Module, LabelledImages]) -> None:
@@ -396,13 +401,8 @@ def test_of_many_classes_some_are_looked_at_each_from_nine_others() -> None:
         torch.testing.assert_close(image[:, (image != 0.5).any(0)].sort().values, patch.flatten(1).sort().values)
 
 
-def test_patches_and_perturbations_do_not_depend_on_what_is_sought_beside_them() -> None:
-    # a batch holds two pairs, or one class: the first of them are sought as if alone
+def test_perturbations_do_not_depend_on_what_is_sought_beside_them() -> None:
     data = three_pixels()
-    pairs = torch.tensor([[0, 2], [1, 0], [2, 1]])
-    patches = maximum_margin_patches(OneToOne(), data.images, data.labels, pairs, size=1, batch_size=6)
-    few = maximum_margin_patches(OneToOne(), data.images, data.labels, pairs[:2], size=1, batch_size=6)
-    assert len(patches) == 3 and torch.equal(patches[:2], few)
     all_at_once, each = (
         maximum_margin_perturbations(OneToOne(), data.images, torch.arange(3), limit=0.1, batch_size=size)
         for size in (100, 10)
@@ -449,6 +449,20 @@ def test_perturbations_follow_the_accuracy_and_do_not_return_in_the_last_third(
         monkeypatch.setattr(BoundFit, "accuracy", lambda self, given_ones=given_ones: next(given_ones))
         found = [step.perturbation for step in mmac(ClippedModel(model), data, config)]
         assert found == pytest.approx([0.15 * math.exp(2 * exponent) for exponent in exponents])
+
+
+def test_a_shifted_image_is_to_be_decided_as_it_was_before(
+    trained: tuple[nn.Module, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # shifted beyond recognition: what is asked of it is still p(x), which the original is not asked for again
+    model, data = trained
+    monkeypatch.setattr(sys.modules["bclip_lab.defenses.mmac"], "augment", lambda x, **_: torch.zeros_like(x))
+    monkeypatch.setattr(BoundFit, "originals", lambda *_: pytest.fail("asked again"))
+    clipped = ClippedModel(model)
+    config = MMACConfig(epochs=1, batch_size=200, perturbation=0, patch=0, synthetic=QUICK)
+    fit = BoundFit(clipped, data, start=config.start, relative_start=True, learning_rate=0.1)
+    expected = F.cross_entropy(fit.logits(torch.zeros_like(fit.images)), fit.targets.softmax(1))
+    assert run(mmac(clipped, data, config)).clean_error == pytest.approx(float(expected.detach()), rel=1e-3)
 
 
 def test_without_stand_ins_there_is_no_perturbation(trained: tuple[nn.Module, LabelledImages]) -> None:

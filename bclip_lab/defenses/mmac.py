@@ -144,7 +144,7 @@ class MMACConfig:
             weight=0.002,
             accuracy_target=0.95,
             perturbation=0.0,
-            perturbation_from=5,  # without perturbations nothing follows from it but the recipe of recorded rows
+            perturbation_from=5,  # read by the hinge only; here for the recipe of recorded rows
             patch=0,
             witness=None,
             synthetic=MaximumMarginConfig.published(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -484,6 +485,11 @@ def _tensor(images: Tensor | LabelledImages) -> Tensor:
 # --- tracing ------------------------------------------------------------------------------------------------
 
 
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> _Proxy:
+        return _Proxy(node, self)
+
+
 class _Proxy(fx.Proxy):
     """A traced value for which `x += y` changes x, as it does a tensor; fx would record `x = x + y`."""
 
@@ -529,12 +535,6 @@ def _check_model(model: nn.Module) -> None:
 
 def _trace(model: nn.Module) -> tuple[fx.GraphModule, dict[fx.Node, str]]:
     """The graph of a model in evaluation mode, over the model's own weights, and the path of every node."""
-    from torchvision.models.feature_extraction import NodePathTracer
-
-    class Tracer(NodePathTracer):  # type: ignore[misc]
-        def proxy(self, node: fx.Node) -> fx.Proxy:
-            return _Proxy(node, self)
-
     others = list(inspect.signature(model.forward).parameters.values())[1:]
     # an optional argument (return_features=False) is fixed: an `if` on it could not be traced
     fixed = {p.name: p.default for p in others if p.default is not p.empty}
@@ -545,8 +545,7 @@ def _trace(model: nn.Module) -> tuple[fx.GraphModule, dict[fx.Node, str]]:
         # a copy of the modules around the same tensors: evaluation mode must not touch the given model
         tensors = (*model.parameters(), *model.buffers())
         private = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-        tracer = Tracer()
-        graph = tracer.trace(private, concrete_args=fixed or None)
+        graph = _Tracer().trace(private, concrete_args=fixed or None)
         network = fx.GraphModule(private, graph, type(model).__name__)
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(
@@ -554,7 +553,23 @@ def _trace(model: nn.Module) -> tuple[fx.GraphModule, dict[fx.Node, str]]:
             "not branch or loop on the values or the shape of a tensor, nor make numbers or arrays of them. "
             "Rewrite such code, or put it into a function without activations, marked with torch.fx.wrap"
         ) from error
-    return network, dict(tracer.node_to_qualname)
+    return network, _paths(network.graph)
+
+
+def _paths(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The path of every node: of the module it calls, or of the module around it and the function that it calls.
+
+    Numbered from the second of a name on, as torchvision's feature extraction does it, whose import alone takes longer
+    than everything else here.
+    """
+    paths: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        around = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
+        function = [] if node.op == "call_module" else [node.name]
+        name = re.sub(r"_[0-9]+$", "", ".".join(filter(None, around + function)))  # fx numbers over the whole graph
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        paths[next(path for path in itertools.chain([name], numbered) if path not in paths)] = node
+    return {node: path for path, node in paths.items()}
 
 
 # --- what a node calls --------------------------------------------------------------------------------------

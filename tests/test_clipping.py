@@ -16,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torchvision.models import feature_extraction
 
 from bclip_lab.clipping import (
     ActivationStatistics,
     ClippedModel,
+    _trace,
+    _Tracer,
     abnormality,
     load_bounds,
     save_bounds,
@@ -179,6 +182,32 @@ def test_sites_have_torchvisions_names_in_the_order_they_run() -> None:
     assert clipped.sites[:4] == ("relu", "layer1.0.relu", "layer1.0.relu_1", "layer1.1.relu")
     assert clipped.channels["relu"] == 64 and clipped.channels["layer4.1.relu_1"] == 512
     assert ClippedModel(resnet10(10, seed=0)).sites[:3] == ("relu", "stages.0.0.relu", "stages.0.0.relu_1")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "convnext_tiny", "swin_t", "inception_v3", None])
+def test_every_call_has_the_name_that_torchvision_gives_it(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    class Numbered(nn.Module):
+        """Modules with numbers of their own, called twice and under two names, and functions of one name."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv_1, self.conv_2, self.act_1 = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU()
+            self.body = nn.Sequential(self.act_1, nn.ReLU(), self.conv_1)
+
+        def forward(self, x_1: Tensor) -> Tensor:
+            x = F.relu(self.conv_1(x_1))
+            x = self.body(self.body(self.act_1(self.conv_2(x))))
+            return F.relu(x + x.relu()).mean((2, 3))
+
+    options = {"init_weights": True} if name == "inception_v3" else {}
+    model = (Numbered() if name is None else tv.get_model(name, weights=None, **options)).eval()
+    monkeypatch.setattr(feature_extraction.NodePathTracer, "proxy", _Tracer.proxy)  # it takes `x += y` for an add
+    tracer = feature_extraction.NodePathTracer()
+    tracer.trace(model)
+    network, names = _trace(model)
+    calls = ("call_module", "call_function", "call_method")
+    expected = [path for node, path in tracer.node_to_qualname.items() if node.op in calls]
+    assert [names[node] for node in network.graph.nodes if node.op in calls] == expected
 
 
 # --- the original -------------------------------------------------------------------------------------------

@@ -793,6 +793,26 @@ def test_live_draws_no_more_often_than_asked_and_always_the_last(screen):
     assert len(screen.pictures) == 3, "the last record is not drawn twice"
 
 
+def test_live_draws_for_a_fifth_of_the_time_at_most(screen, monkeypatch):
+    now = 0.0
+
+    class Slow(Figure):
+        def savefig(self, *args, **kwargs):
+            nonlocal now
+            now += 10
+            super().savefig(*args, **kwargs)
+
+    monkeypatch.setattr(plots, "Figure", Slow)
+    monkeypatch.setattr(plots.time, "monotonic", lambda: now)
+    for step in live(learn(100), every=5):  # pictures after the epochs 1, 41 and 81, and the last
+        now += 1
+    assert (len(screen.pictures), now) == (4, 140)
+    now, screen.pictures[:] = 0.0, []
+    for step in live(learn(100), every=60):
+        now += 1
+    assert len(screen.pictures) == 3, "after the epochs 1 and 61, and the last"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit, ValueError])
 def test_live_leaves_the_last_picture_when_broken_off(screen, error):
     def failing():

@@ -22,11 +22,13 @@ def draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (), generator=generator))
 
 
-def _without_clips(network: fx.GraphModule) -> fx.GraphModule:
-    """The same network, sharing its weights, with every activation as it is."""
+def _clipped_by(bounds: Iterable[Tensor], network: fx.GraphModule) -> fx.GraphModule:
+    """The same network, sharing its weights, with these of its bounds alone: none leaves every activation as it is."""
+    kept = {id(bound) for bound in bounds}
     plain = fx.GraphModule(network, copy.deepcopy(network.graph))
     for node in list(plain.graph.nodes):
-        if node.op == "call_module" and isinstance(plain.get_submodule(node.target), Clip):
+        module = plain.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, Clip) and id(module.bound) not in kept:
             node.replace_all_uses_with(node.args[0])
             plain.graph.erase_node(node)
     plain.recompile()
@@ -120,13 +122,13 @@ class BoundFit:
             clipped.set_bounds({site: (start * usual[site][0]).clamp(min=0) for site in fitted})
         network, bounds = clipped.differentiable()
         self.bounds = {site: bounds[site] for site in fitted}
-        both = _fold(network, bounds.values(), self.images[:8]), _fold(_without_clips(network), (), self.images[:8])
+        both = [_fold(_clipped_by(some, network), some, self.images[:8]) for some in (tuple(self.bounds.values()), ())]
         self.network, self.unclipped = (_Fast(each, device) for each in both)  # after both: they may share weights
         self.optimiser = torch.optim.Adam(list(self.bounds.values()), lr=learning_rate)
 
     def folded(self, model: nn.Module) -> nn.Module:
         """A copy of another classifier of these images for speed: frozen, its batch norm folded where that can be."""
-        network = _fold(_without_clips(ClippedModel(model).differentiable()[0]), (), self.images[:8])
+        network = _fold(_clipped_by((), ClippedModel(model).differentiable()[0]), (), self.images[:8])
         return _Fast(network, self.images.device)
 
     @torch.no_grad()

@@ -49,8 +49,9 @@ lab: $(VENV)/.lab  ## open JupyterLab on the first notebook
 	if [ "$$(id -u)" = 0 ]; then set -- "$$@" --allow-root; fi; \
 	exec $(PY) -m jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/$(NOTEBOOK) "$$@"
 
-zoo: $(VENV)/.lab  ## train the shipped checkpoints again (data/zoo/)
+zoo: $(VENV)/.lab  ## train the shipped checkpoints and learn their bounds again (data/zoo/)
 	$(PY) -m bclip_lab zoo build
+	$(PY) -m bclip_lab zoo clip
 
 tables: $(VENV)/.lab  ## write the tables of the README from the recorded results
 	$(PY) -m bclip_lab tables

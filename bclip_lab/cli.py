@@ -45,6 +45,12 @@ def _build(arguments: argparse.Namespace) -> None:
         print(f"{name}: trained to {last.train_accuracy:.3f}")
 
 
+def _clip(arguments: argparse.Namespace) -> None:
+    for name in arguments.names or zoo.list():
+        last = run(_show(zoo.clip(name), name))
+        print(f"{name}: bounds that leave {last.accuracy:.3f} of the defender's images as they were decided")
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     _fill(_asked(arguments), arguments)
 
@@ -207,11 +213,14 @@ def main(words: Sequence[str] | None = None) -> int:
     methods = [*benchmark.DEFENCES, *benchmark.DETECTORS]
     parser = argparse.ArgumentParser(prog="python -m bclip_lab", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("zoo", help="list or train the checkpoints").add_subparsers(required=True)
+    command = commands.add_parser("zoo", help="list, train or clip the checkpoints").add_subparsers(required=True)
     command.add_parser("list").set_defaults(call=lambda _: print("\n".join(zoo.list())))
     build = command.add_parser("build", help="train checkpoints from their fixed seeds")
     build.add_argument("names", nargs="*", metavar="NAME", help="all by default")
     build.set_defaults(call=_build)
+    clip = command.add_parser("clip", help="learn the bounds of checkpoints by MMAC")
+    clip.add_argument("names", nargs="*", metavar="NAME", help="all by default")
+    clip.set_defaults(call=_clip)
 
     bench = commands.add_parser("bench", help="measure defences and detectors on a grid of checkpoints; resumes")
     bench.add_argument("names", nargs="*", metavar="NAME", help="checkpoints of the zoo; all of the grid by default")

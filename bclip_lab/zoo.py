@@ -1,4 +1,4 @@
-"""The zoo: shipped checkpoints on the rendered signs, each with a card, and the recipes that train them."""
+"""The zoo: shipped checkpoints on the rendered signs, with cards and learned bounds, and the recipes that make them."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ from bclip_lab.attacks import (
     SinusoidTrigger,
     WarpTrigger,
 )
+from bclip_lab.clipping import ClippedModel, load_bounds, save_bounds
 from bclip_lab.data.files import cache_dir, data_dir, load_tensors, save_tensors
 from bclip_lab.data.images import LabelledImages, PoisonedImages, Splits
 from bclip_lab.data.signs import SIGN_CLASSES, signs
-from bclip_lab.evaluation import evaluate
+from bclip_lab.defenses import MMACConfig, MMACStep, mmac
+from bclip_lab.evaluation import Evaluation, evaluate
 from bclip_lab.models import device_of, resnet10
 from bclip_lab.training import TrainConfig, TrainStep, train
 
-__all__ = ["RECIPES", "Checkpoint", "Recipe", "build", "card", "list", "load"]
+__all__ = ["RECIPES", "Checkpoint", "Recipe", "build", "card", "clip", "list", "load"]
 
 TRAINING_SEEDS = (0, 1, 2)
 
@@ -207,6 +209,32 @@ class Checkpoint:
         """The images the model was trained on and is judged by."""
         return signs()
 
+    def clipped(self) -> ClippedModel:
+        """The model with the bounds that `mmac` learns by default, from the defender's images of `splits`.
+
+        They were learned once, by `clip`, and are shipped: whoever asks what learned bounds do need not wait for them.
+
+        Raises
+        ------
+        FileNotFoundError
+            The bounds are not there.
+        ValueError
+            They are damaged or those of another network; those of the further training seeds are not shipped.
+
+        Examples
+        --------
+        >>> load("patch").clipped().bounds["relu"].shape
+        torch.Size([16])
+        """
+        clipped = ClippedModel(self.model)
+        card = load_bounds(clipped, _bounds_path(self.name))
+        if card.get("checkpoint") != self.card["sha256"]:
+            raise ValueError(
+                f"{_bounds_path(self.name)} holds the bounds of another network than this {self.name!r} (training seed "
+                f"{self.card['training_seed']}): learn them with `bl.mmac`, or those of the shipped one with `make zoo`"
+            )
+        return clipped
+
 
 def list() -> tuple[str, ...]:
     """The names of the checkpoints.
@@ -229,6 +257,10 @@ def _path(name: str, seed: int) -> Path:
     if seed == recipe.seeds[0]:
         return data_dir() / "zoo" / f"{name}.safetensors"
     return cache_dir() / "zoo" / f"{name}-seed-{seed}.safetensors"
+
+
+def _bounds_path(name: str) -> Path:
+    return data_dir() / "zoo" / "bounds" / f"{name}.safetensors"
 
 
 def card(name: str, *, seed: int | None = None) -> dict[str, Any]:
@@ -316,6 +348,11 @@ def _counts(data: LabelledImages | PoisonedImages) -> dict[str, int]:
     return {name: count for name, count in rows.items() if count}
 
 
+def _metrics(found: Evaluation) -> dict[str, float]:
+    """ACC and, where triggered images were judged, ASR and RA."""
+    return {metric: getattr(found, metric) for metric in (("acc", "asr", "ra") if found.triggered else ("acc",))}
+
+
 def build(name: str) -> Iterator[TrainStep]:
     """Train one checkpoint over its training seeds and write them with their cards.
 
@@ -348,7 +385,7 @@ def build(name: str) -> Iterator[TrainStep]:
             stored |= {_TRIGGER + key: value for key, value in step.attack.trigger.state_dict().items()}
         assert not isinstance(attack, InputAwareAttack)
         result = evaluate(model, splits.test, attack)
-        metrics[seed] = {"acc": result.acc} if attack is None else {k: getattr(result, k) for k in ("acc", "asr", "ra")}
+        metrics[seed] = _metrics(result)
         card = {
             "name": name,
             "recipe": recipe.describe(),
@@ -370,3 +407,22 @@ def build(name: str) -> Iterator[TrainStep]:
             }
         state = {k: v.half() if v.is_floating_point() else v for k, v in stored.items()}
         save_tensors(_path(name, seed), state, card)
+
+
+def clip(name: str) -> Iterator[MMACStep]:
+    """Learn the bounds of a shipped checkpoint by `mmac`, with its defaults, and write them with their card.
+
+    The card tells the settings and the metrics of the clipped model. Nothing is written where it is broken off.
+    """
+    checkpoint, config = load(name), MMACConfig()
+    clipped, splits = ClippedModel(checkpoint.model), checkpoint.splits()
+    yield from mmac(clipped, splits.defender, config)
+    save_bounds(
+        clipped,
+        _bounds_path(name),
+        name=name,
+        checkpoint=checkpoint.card["sha256"],
+        config=describe(config),
+        metrics=_metrics(evaluate(clipped, splits.test, checkpoint.attack)),
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+    )

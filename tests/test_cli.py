@@ -1,5 +1,6 @@
 """The command line: thin, but what it says must be so."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,27 @@ from bclip_lab import benchmark, zoo
 from bclip_lab.benchmark import Defence
 from bclip_lab.cli import main
 from bclip_lab.clipping import ClippedModel
-from bclip_lab.defenses import MMACConfig, mmac
+from bclip_lab.defenses import MMACConfig, MMACStep, mmac
 from bclip_lab.margins import MaximumMarginConfig
 
 
 def test_zoo_list_names_the_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zoo", "list"]) == 0
     assert capsys.readouterr().out.split() == [*zoo.list()]
+
+
+def test_zoo_clip_learns_bounds_of_the_checkpoints_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clipped = []
+
+    def clip(name: str) -> Iterator[MMACStep]:
+        clipped.append(name)
+        yield MMACStep(1, 1, 0.0, 0.0, 0.9, 1.0, 0.0, 0.0, None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(zoo, "clip", clip)
+    assert main(["zoo", "clip", "patch", "face"]) == 0
+    assert clipped == ["patch", "face"] and "patch: " in (out := capsys.readouterr().out) and "0.900" in out
 
 
 def test_an_error_is_one_line_that_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

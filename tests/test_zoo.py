@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bclip_lab import zoo
+from bclip_lab import benchmark, zoo
 from bclip_lab.attacks import (
     AllToOne,
     AttackSet,
@@ -23,8 +23,10 @@ from bclip_lab.attacks import (
     PatchTrigger,
     WarpTrigger,
 )
+from bclip_lab.clipping import ClippedModel, load_bounds
 from bclip_lab.data.files import data_dir, load_tensors
-from bclip_lab.data.images import Splits
+from bclip_lab.data.images import LabelledImages, Splits
+from bclip_lab.defenses import MMACConfig
 from bclip_lab.evaluation import evaluate
 from bclip_lab.training import TrainConfig, run
 
@@ -35,8 +37,10 @@ ATTACKED = [name for name in zoo.list() if not name.startswith("clean")]
 def own_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder with a copy of one checkpoint; the real one is not touched."""
     (tmp_path / "zoo").mkdir()
-    for file in (data_dir() / "zoo").glob("patch.*"):
-        shutil.copy(file, tmp_path / "zoo")
+    for file in (data_dir() / "zoo").rglob("patch.*"):
+        copy = tmp_path / file.relative_to(data_dir())
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copy)
     monkeypatch.setenv("BCLIP_LAB_DATA", str(tmp_path))
     return tmp_path / "zoo"
 
@@ -63,6 +67,63 @@ def test_a_card_tells_what_the_stored_model_does(name: str) -> None:
     for metric, value in checkpoint.card["metrics"].items():
         assert getattr(result, metric) == pytest.approx(value, abs=0.002)
     assert result.clean == checkpoint.card["counts"]["clean"]
+
+
+@pytest.mark.parametrize("name", zoo.list())
+def test_the_shipped_bounds_are_those_of_todays_defaults_and_of_the_recorded_fit(name: str) -> None:
+    checkpoint = zoo.load(name, device="cpu")
+    card = load_bounds(ClippedModel(checkpoint.model), data_dir() / "zoo" / "bounds" / f"{name}.safetensors")
+    again = f"learn them again: python -m bclip_lab zoo clip {name}"
+    assert card["config"] == zoo.describe(MMACConfig()), again
+    recorded = benchmark.read("mmac", f"{name}-{checkpoint.card['training_seed']}-fit-0")
+    # another machine adds in another order; a change of the code gets another version, and rows of its own
+    for metric, value in card["metrics"].items():
+        assert value == pytest.approx(recorded["after"][metric], abs=0.02), again
+
+
+@pytest.mark.parametrize("name", ["clean-0", "patch"])
+def test_a_clipped_checkpoint_does_what_the_card_of_its_bounds_tells(name: str) -> None:
+    checkpoint = zoo.load(name, device="cpu")
+    clipped = checkpoint.clipped()
+    card = json.loads((data_dir() / "zoo" / "bounds" / f"{name}.json").read_text())
+    assert set(card["metrics"]) == ({"acc", "asr", "ra"} if name == "patch" else {"acc"})
+    result = evaluate(clipped, checkpoint.splits().test, checkpoint.attack)
+    for metric, value in card["metrics"].items():
+        assert getattr(result, metric) == pytest.approx(value, abs=0.002)
+    assert clipped.original is checkpoint.model
+
+
+def test_bounds_of_another_network_are_refused(own_zoo: Path) -> None:
+    checkpoint = zoo.load("patch", device="cpu")
+    other = replace(checkpoint, card={**checkpoint.card, "sha256": "another", "training_seed": 1})
+    with pytest.raises(ValueError, match=r"another network than this 'patch' \(training seed 1\)"):
+        other.clipped()
+    (own_zoo / "bounds" / "patch.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="patch.safetensors"):
+        checkpoint.clipped()
+
+
+def test_clip_writes_what_was_learned_and_nothing_when_broken_off(
+    own_zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig):  # type: ignore[no-untyped-def]
+        assert clean is SMALL.defender and config == MMACConfig()
+        for bound in (2.0, 1.0):
+            clipped.set_bounds(dict.fromkeys(clipped.sites, bound))
+            yield bound
+
+    monkeypatch.setattr(zoo, "signs", lambda: SMALL)
+    monkeypatch.setattr(zoo, "mmac", learn)
+    before = {path.name: path.read_bytes() for path in (own_zoo / "bounds").iterdir()}
+    for _ in zoo.clip("patch"):
+        break
+    assert {path.name: path.read_bytes() for path in (own_zoo / "bounds").iterdir()} == before
+    run(zoo.clip("patch"))
+    clipped = zoo.load("patch", device="cpu").clipped()
+    assert all((bound == 1).all() for bound in clipped.bounds.values())
+    card = json.loads((own_zoo / "bounds" / "patch.json").read_text())
+    found = evaluate(clipped, SMALL.test, zoo.load("patch", device="cpu").attack)
+    assert card["metrics"] == {"acc": found.acc, "asr": found.asr, "ra": found.ra}
 
 
 def test_a_description_leaves_out_none_and_names_what_is_nested() -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from bclip_lab import benchmark, zoo
@@ -46,6 +47,7 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _clip(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)  # as the rows are measured: more threads add in another order
     for name in arguments.names or zoo.list():
         last = run(_show(zoo.clip(name), name))
         print(f"{name}: bounds that leave {last.accuracy:.3f} of the defender's images as they were decided")

@@ -212,8 +212,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def images_at_once(shape: Sequence[int], most: int = 100) -> int:
     """How many images of a shape (..., H, W) to compute at once: `most` of up to 32x32 pixels, of larger ones fewer.
 
-    So that memory does not grow with their size. 100 by default: with 500 a pass through the zoo's ResNet takes up to
-    twice as long on a processor.
+    So that memory does not grow with their size. 100 by default: with 500 a pass through the zoo's ResNet, with its
+    batch norm, takes up to twice as long on a processor.
 
     Examples
     --------

@@ -1075,8 +1075,8 @@ def live(steps: Iterable[Step], *, every: float = 1.0) -> Iterator[Step]:
     steps
         What `train`, `mmac` and the like give.
     every
-        Seconds between pictures at least, and drawing takes at most a fifth of the time; the last record is drawn in
-        any case. 0 draws every record, whatever it takes.
+        Seconds between pictures at least, and from the second on drawing takes at most a fifth of the time; the last
+        record is drawn in any case. 0 draws every record, whatever it takes.
 
     Yields
     ------
@@ -1167,8 +1167,10 @@ class _Picture:
             self.handle = display(image, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self.handle.update(image)
-        self.drawn, now = len(records), time.monotonic()
-        self.due = now + (max(self.every, 4 * (now - began)) if self.every else 0)
+        now = time.monotonic()
+        took = now - began if self.drawn else 0.0  # the first picture loads fonts and the like besides
+        self.due = now + (max(self.every, 4 * took) if self.every else 0)
+        self.drawn = len(records)
 
 
 # --- several attacks in one network, and attackers who adapt --------------------------------------------------

@@ -212,26 +212,29 @@ class Checkpoint:
     def clipped(self) -> ClippedModel:
         """The model with the bounds that `mmac` learns by default, from the defender's images of `splits`.
 
-        They were learned once, by `clip`, and are shipped: whoever asks what learned bounds do need not wait for them.
+        They were learned once, by `clip`, and are shipped with the checkpoint: whoever asks what learned bounds do need
+        not wait for them. Those of the further training seeds are not.
 
         Raises
         ------
         FileNotFoundError
             The bounds are not there.
         ValueError
-            They are damaged or those of another network; those of the further training seeds are not shipped.
+            They are damaged or those of another network.
 
         Examples
         --------
         >>> load("patch").clipped().bounds["relu"].shape
         torch.Size([16])
         """
-        clipped = ClippedModel(self.model)
-        card = load_bounds(clipped, _bounds_path(self.name))
-        if card.get("checkpoint") != self.card["sha256"]:
+        path, clipped = _bounds_path(self.name), ClippedModel(self.model)
+        shipped = self.card["training_seed"] == RECIPES[self.name].seeds[0]
+        learn = f"`python -m bclip_lab zoo clip {self.name}`" if shipped else "`bl.mmac`"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {learn} learns the bounds")
+        if load_bounds(clipped, path).get("checkpoint") != self.card["sha256"]:
             raise ValueError(
-                f"{_bounds_path(self.name)} holds the bounds of another network than this {self.name!r} (training seed "
-                f"{self.card['training_seed']}): learn them with `bl.mmac`, or those of the shipped one with `make zoo`"
+                f"{path} holds the bounds of another network than this {self.name!r}; {learn} learns its own"
             )
         return clipped
 
@@ -357,7 +360,7 @@ def build(name: str) -> Iterator[TrainStep]:
     """Train one checkpoint over its training seeds and write them with their cards.
 
     The card of each tells its own metrics and, in the shipped one, mean and spread (standard deviation over the
-    seeds) of all.
+    seeds) of all. Learn the bounds of the new network then: see `clip`.
 
     Yields
     ------
@@ -412,7 +415,9 @@ def build(name: str) -> Iterator[TrainStep]:
 def clip(name: str) -> Iterator[MMACStep]:
     """Learn the bounds of a shipped checkpoint by `mmac`, with its defaults, and write them with their card.
 
-    The card tells the settings and the metrics of the clipped model. Nothing is written where it is broken off.
+    The recorded rows were fitted by one thread each, and more of them add in another order: set that first, as the
+    command line does, where the bounds are to be those of the row. The card tells the settings and the metrics of the
+    clipped model. Nothing is written where it is broken off.
     """
     checkpoint, config = load(name), MMACConfig()
     clipped, splits = ClippedModel(checkpoint.model), checkpoint.splits()

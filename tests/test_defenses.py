@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from bclip_lab.clipping import ClippedModel
+from bclip_lab.clipping import Clip, ClippedModel
 from bclip_lab.data.images import LabelledImages
 from bclip_lab.defenses import FineTuneConfig, MMACConfig, MMBMConfig, mmac, mmbm
 from bclip_lab.defenses.fitting import BoundFit, _fold
@@ -577,6 +577,19 @@ def test_mmbm_bounds_only_the_sites_it_is_given(trained: tuple[nn.Module, Labell
     assert all(torch.isinf(clipped.bounds[site]).all() for site in clipped.sites[1:])
     with pytest.raises(ValueError, match="nowhere"):
         run(mmbm(clipped, data, MMBMConfig(epochs=1, sites=["nowhere"])))
+
+
+def test_a_fit_of_some_sites_clips_these_alone(trained: tuple[nn.Module, LabelledImages]) -> None:
+    model, data = trained
+    clipped = ClippedModel(model)
+    fit = BoundFit(clipped, data, start=0.5, learning_rate=0.1, sites=clipped.sites[1:2])
+    clips = [[module for module in each.modules() if isinstance(module, Clip)] for each in (fit.network, fit.unclipped)]
+    assert [len(found) for found in clips] == [1, 0]
+    assert clips[0][0].bound is fit.bounds[clipped.sites[1]], "it is the bound that is learned"
+    with torch.no_grad():
+        expected, found = clipped(fit.images), fit.logits(fit.images)
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()  # bfloat16
+    assert (expected - model(fit.images)).abs().max() > 0.1 * expected.abs().max(), "the bound is felt"
 
 
 @pytest.mark.parametrize("defence", ["mmac", "mmbm"])

@@ -804,9 +804,9 @@ def test_live_draws_for_a_fifth_of_the_time_at_most(screen, monkeypatch):
 
     monkeypatch.setattr(plots, "Figure", Slow)
     monkeypatch.setattr(plots.time, "monotonic", lambda: now)
-    for step in live(learn(100), every=5):  # pictures after the epochs 1, 41 and 81, and the last
+    for step in live(learn(100), every=5):  # pictures after the epochs 1, 6, 46 and 86, and the last
         now += 1
-    assert (len(screen.pictures), now) == (4, 140)
+    assert (len(screen.pictures), now) == (5, 150)
     now, screen.pictures[:] = 0.0, []
     for step in live(learn(100), every=60):
         now += 1

@@ -23,7 +23,7 @@ from bclip_lab.attacks import (
     PatchTrigger,
     WarpTrigger,
 )
-from bclip_lab.clipping import ClippedModel, load_bounds
+from bclip_lab.clipping import ClippedModel
 from bclip_lab.data.files import data_dir, load_tensors
 from bclip_lab.data.images import LabelledImages, Splits
 from bclip_lab.defenses import MMACConfig
@@ -72,13 +72,14 @@ def test_a_card_tells_what_the_stored_model_does(name: str) -> None:
 @pytest.mark.parametrize("name", zoo.list())
 def test_the_shipped_bounds_are_those_of_todays_defaults_and_of_the_recorded_fit(name: str) -> None:
     checkpoint = zoo.load(name, device="cpu")
-    card = load_bounds(ClippedModel(checkpoint.model), data_dir() / "zoo" / "bounds" / f"{name}.safetensors")
+    assert checkpoint.clipped().bounds.keys()
+    card = json.loads((data_dir() / "zoo" / "bounds" / f"{name}.json").read_text())
     again = f"learn them again: python -m bclip_lab zoo clip {name}"
     assert card["config"] == zoo.describe(MMACConfig()), again
-    recorded = benchmark.read("mmac", f"{name}-{checkpoint.card['training_seed']}-fit-0")
-    # another machine adds in another order; a change of the code gets another version, and rows of its own
-    for metric, value in card["metrics"].items():
-        assert value == pytest.approx(recorded["after"][metric], abs=0.02), again
+    row = benchmark.read("mmac", f"{name}-{checkpoint.card['training_seed']}-fit-0")
+    assert benchmark.current(row), f"measure it again: python -m bclip_lab bench {name} --methods mmac"
+    # to the last digit: both are made by one thread of one machine, or neither is
+    assert card["metrics"] == {metric: row["after"][metric] for metric in card["metrics"]}, again
 
 
 @pytest.mark.parametrize("name", ["clean-0", "patch"])
@@ -96,10 +97,12 @@ def test_a_clipped_checkpoint_does_what_the_card_of_its_bounds_tells(name: str) 
 def test_bounds_of_another_network_are_refused(own_zoo: Path) -> None:
     checkpoint = zoo.load("patch", device="cpu")
     other = replace(checkpoint, card={**checkpoint.card, "sha256": "another", "training_seed": 1})
-    with pytest.raises(ValueError, match=r"another network than this 'patch' \(training seed 1\)"):
+    with pytest.raises(ValueError, match="another network than this 'patch'; `bl.mmac` learns its own"):
         other.clipped()
-    (own_zoo / "bounds" / "patch.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="patch.safetensors"):
+    shutil.rmtree(own_zoo / "bounds")  # as in a data folder of before they were shipped
+    with pytest.raises(
+        FileNotFoundError, match=r"patch.safetensors does not exist; `python -m bclip_lab zoo clip patch`"
+    ):
         checkpoint.clipped()
 
 

@@ -81,8 +81,8 @@ class BoundFit:
     for its channel, the median over the images of the largest activation in an image.
 
     `images` float32 (M, C, H, W), `labels` int64 (M,) and `targets` float32 (M, K), the original's logits, are on
-    the model's device. `network` is the clipped network, `unclipped` the original, both private and frozen, with
-    batch norm folded into the convolutions where that can be done.
+    the model's device. `network` is the network clipped at `sites` alone, `unclipped` the original, both private and
+    frozen, with batch norm folded into the convolutions where that can be done.
     """
 
     def __init__(

@@ -932,7 +932,8 @@ class EvaluationDisplay:
                 "hatch": _HATCHES[index % len(_HATCHES)],
             }
             bars = ax.bar(places, heights, 0.92 * width, label=name, edgecolor="white", linewidth=0, **style)
-            ax.bar_label(bars, [f"{height:.3f}" for height in heights], padding=2, fontsize=_TICK)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the ceiling may run through a number
+            ax.bar_label(bars, [f"{height:.3f}" for height in heights], padding=2, fontsize=_TICK, bbox=behind)
             handles.append(bars)
         names = [name for name, _, _ in metrics]
         if self.ceiling is not None and "RA" in names:

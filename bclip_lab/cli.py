@@ -47,10 +47,14 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _clip(arguments: argparse.Namespace) -> None:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the rows are measured: more threads add in another order
-    for name in arguments.names or zoo.list():
-        last = run(_show(zoo.clip(name), name))
-        print(f"{name}: bounds that leave {last.accuracy:.3f} of the defender's images as they were decided")
+    try:
+        for name in arguments.names or zoo.list():
+            last = run(_show(zoo.clip(name), name))
+            print(f"{name}: bounds that leave {last.accuracy:.3f} of the defender's images as they were decided")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from bclip_lab import benchmark, zoo
@@ -21,18 +22,29 @@ def test_zoo_list_names_the_checkpoints(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.split() == [*zoo.list()]
 
 
-def test_zoo_clip_learns_bounds_of_the_checkpoints_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads, whatever the suite computes with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_zoo_clip_learns_bounds_of_the_checkpoints_named_by_one_thread(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
     clipped = []
 
     def clip(name: str) -> Iterator[MMACStep]:
+        assert torch.get_num_threads() == 1
         clipped.append(name)
         yield MMACStep(1, 1, 0.0, 0.0, 0.9, 1.0, 0.0, 0.0, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(zoo, "clip", clip)
     assert main(["zoo", "clip", "patch", "face"]) == 0
     assert clipped == ["patch", "face"] and "patch: " in (out := capsys.readouterr().out) and "0.900" in out
+    assert torch.get_num_threads() == 2, "what runs later in this process is as fast as before"
 
 
 def test_an_error_is_one_line_that_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

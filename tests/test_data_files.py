@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -94,6 +95,23 @@ def test_an_interrupted_write_leaves_the_former_file(saved: Path, monkeypatch: p
     with pytest.raises(OSError, match="no space"):
         save_tensors(saved, {"other": torch.zeros(1)}, {})
     assert load_tensors(saved)[0].keys() == TENSORS.keys()
+    assert names(saved.parent) == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_full_disk_leaves_the_former_pair(saved: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    if room:  # for the tensors, but not for their card
+        monkeypatch.setattr(Path, "write_bytes", fail)
+    else:
+
+        def full(*_: Any) -> None:
+            raise SafetensorError("I/O error: no space left on device (os error 28)")  # no OSError
+
+        monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_tensors(saved, {"other": torch.zeros(1)}, {"data": "digits"})
+    tensors, card = load_tensors(saved)
+    assert tensors.keys() == TENSORS.keys() and card["data"] == "signs"
     assert names(saved.parent) == ["model.json", "model.safetensors"]
 
 

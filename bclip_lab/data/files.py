@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _temporary(path: Path) -> Path:
-    """An empty file beside `path`, so that a rename to `path` stays within one file system."""
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, so that a rename to `path` stays within one file system; removed unless renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
-    os.chmod(name, 0o644)  # mkstemp's 0600 would make a shared data folder unreadable to others
-    return Path(name)
+    try:
+        os.chmod(name, 0o644)  # mkstemp's 0600 would make a shared data folder unreadable to others
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it: `path` never holds half a file."""
-    part = _temporary(path)
-    try:
+    with _temporary(path) as part:
         part.write_bytes(content)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> Path:
@@ -79,7 +80,9 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], card: Mapping[
     Raises
     ------
     ValueError
-        Another ending, or a card that JSON cannot hold. Nothing is written then.
+        Another ending, or a card that JSON cannot hold.
+    OSError
+        They cannot be written, as on a full disk. In either case what was there before is left as it was.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -88,15 +91,17 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], card: Mapping[
         json.dumps(dict(card), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"card: {error}") from error
-    part = _temporary(path)
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+    card_path = path.with_suffix(".json")
+    with _temporary(path) as part, _temporary(card_path) as card_part:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
         part.chmod(0o644)  # save_file makes a file of its own, readable to its owner only
         text = json.dumps({**card, "sha256": sha256(part)}, indent=2, allow_nan=False)
-        part.replace(path)
-        write_bytes(path.with_suffix(".json"), (text + "\n").encode())
-    finally:
-        part.unlink(missing_ok=True)
+        card_part.write_bytes((text + "\n").encode())
+        part.replace(path)  # both are whole by now: where one of them had no room, neither is replaced
+        card_part.replace(card_path)
     return path
 
 
@@ -147,6 +152,6 @@ def cached_tensors(
     tensors, card = make()
     try:
         save_tensors(path, tensors, {**card, "key": key})
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         warnings.warn(f"{path} could not be written, so the data will be made again: {error}", stacklevel=2)
     return tensors, card

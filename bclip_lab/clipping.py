@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,13 @@ class Clip(nn.Module):
         # the cast keeps a bfloat16 activation (autocast) in bfloat16: torch.minimum would promote it
         bound = self.bound.to(x.dtype).view(-1, *[1] * behind)
         return _Minimum.apply(x, bound) if bound.requires_grad else torch.minimum(x, bound)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The maxima (N, C) over positions of (N, P, C): rows of some positions at once, as few channels are no vector."""
+    count, positions, channels = x.shape
+    together = math.gcd(positions, max(1, 256 // max(1, channels)))
+    return x.reshape(count, -1, together * channels).amax(1).view(count, together, channels).amax(1)
 
 
 class ClippedModel(nn.Module):
@@ -345,7 +353,7 @@ class ClippedModel(nn.Module):
         def observer(site: str) -> Callable[[Clip, tuple[Tensor]], None]:
             def observe(clip: Clip, args: tuple[Tensor]) -> None:
                 x = args[0].detach().float().movedim(clip.axis, -1).unsqueeze(1).flatten(1, -2)
-                seen[site](x.amax(1).cpu())
+                seen[site](_largest(x).cpu())
                 sums[site] += x.mean(1).double().sum(0).cpu()
                 rows[site] += len(x)
 

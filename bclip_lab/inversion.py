@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bclip_lab.data.images import LabelledImages, check_images, to_float
 from bclip_lab.models import bfloat16_is_fast, device_of, images_at_once
+from bclip_lab.optimisers import Adam
 from bclip_lab.training import trainable_copy
 
 __all__ = ["InversionConfig", "InversionStep", "InvertedTriggers", "anomaly_indices", "invert_triggers"]
@@ -258,7 +259,7 @@ def invert_triggers(
         torch.atanh((2 * torch.rand((classes, *size), generator=generator) - 1) * (1 - 1e-6)).to(device)
         for size in ((1, *shape[1:]), shape)
     )
-    optimiser = torch.optim.Adam([raw_masks, raw_patterns], lr=config.learning_rate, betas=(0.5, 0.9))
+    optimiser = Adam([raw_masks, raw_patterns], lr=config.learning_rate, betas=(0.5, 0.9))
     schedule = _CostSchedule(classes, config)
     norms, success, seen = np.zeros(classes), np.zeros(classes), 0
     best = InvertedTriggers(_unit(raw_masks).cpu()[:, 0], _unit(raw_patterns).cpu(), norms, success)

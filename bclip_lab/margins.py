@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bclip_lab.data.images import check_images, check_labels, to_float
 from bclip_lab.models import bfloat16_is_fast, device_of, evaluating, images_at_once
+from bclip_lab.optimisers import SGD, Adam
 
 __all__ = [
     "MaximumMarginConfig",
@@ -192,9 +193,7 @@ def maximum_margin_images(
             start = torch.rand((len(target), *shape), generator=generator)
             x = start.to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
             optimiser = (
-                torch.optim.Adam([x], lr=config.learning_rate)
-                if config.optimiser == "adam"
-                else torch.optim.SGD([x], lr=config.learning_rate)
+                Adam([x], lr=config.learning_rate) if config.optimiser == "adam" else SGD([x], lr=config.learning_rate)
             )
             for _ in range(config.steps):
                 loss = -classification_margins(_ascent_logits(model, x), target).sum()
@@ -282,7 +281,7 @@ def maximum_margin_perturbations(
         for some in targets.cpu().split(max(1, batch_size // _PER_PERTURBATION)):
             generator = torch.Generator().manual_seed(seed)
             delta = torch.zeros(len(some), 1, *clean.shape[1:], device=device, requires_grad=True)
-            optimiser = torch.optim.Adam([delta], lr=limit / 5)
+            optimiser = Adam([delta], lr=limit / 5)
             for _ in range(steps):
                 rows = torch.randperm(len(clean), generator=generator)[:count].to(device)
                 x = (clean[rows] + delta).clamp(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -427,7 +426,7 @@ def maximum_margin_patches(
             reached = torch.zeros(len(pairs))
             for some in rest.split(max(1, batch_size // _PER_PATCH)):
                 better = patches[some].requires_grad_()
-                optimiser = torch.optim.Adam([better], lr=0.1)
+                optimiser = Adam([better], lr=0.1)
                 sources, targets = pairs[some].repeat(_PER_PATCH, 1).unbind(1)
                 for _ in range(length):
                     rows = torch.stack([_one_of(members[s], generator) for s in sources.tolist()]).to(device)

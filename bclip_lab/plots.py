@@ -1076,7 +1076,7 @@ def live(steps: Iterable[Step], *, every: float = 1.0) -> Iterator[Step]:
     steps
         What `train`, `mmac` and the like give.
     every
-        Seconds between pictures at least, and from the second on drawing takes at most a fifth of the time; the last
+        Seconds between pictures at least, and from the second on drawing takes at most a tenth of the time; the last
         record is drawn in any case. 0 draws every record, whatever it takes.
 
     Yields
@@ -1143,12 +1143,16 @@ class _Picture:
     def __init__(self, every: float) -> None:
         self.every = every
         self.handle: Any = None
+        self.axes: Any = None
+        self.settled = True
         self.drawn = 0
         self.due = -math.inf
 
     def show(self, records: Sequence[Mapping[str, float]], last: bool = False) -> None:
         """Draw the records, unless they are drawn already or the latest picture is too young."""
-        if len(records) == self.drawn or (not last and time.monotonic() < self.due):
+        if not last and (len(records) == self.drawn or time.monotonic() < self.due):
+            return
+        if len(records) == self.drawn and self.settled:
             return
         from IPython.display import Image, display
 
@@ -1157,10 +1161,17 @@ class _Picture:
         except ValueError:  # nothing to draw (yet)
             return
         began = time.monotonic()
-        # no pyplot: the cell's own figures stay what they are, and none is left open
-        figure = Figure(figsize=history.size, layout="constrained")
-        FigureCanvasAgg(figure)
-        history.plot(figure.subplots(*history.shape, squeeze=False))
+        if self.axes is None or self.axes.shape != history.shape:
+            # no pyplot: the cell's own figures stay what they are, and none is left open
+            figure = Figure(figsize=history.size, layout="constrained")
+            FigureCanvasAgg(figure)
+            self.axes, self.settled = figure.subplots(*history.shape, squeeze=False), True
+        else:  # in the layout of the first picture until the last: a layout takes as long as drawing does
+            figure, self.settled = self.axes[0, 0].figure, last
+            figure.set_layout_engine("constrained" if last else "none")
+            for ax in self.axes.flat:
+                ax.clear()
+        history.plot(self.axes)
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=100)
         image = Image(data=png.getvalue(), format="png")  # type: ignore[no-untyped-call]
@@ -1170,7 +1181,7 @@ class _Picture:
             self.handle.update(image)
         now = time.monotonic()
         took = now - began if self.drawn else 0.0  # the first picture loads fonts and the like besides
-        self.due = now + (max(self.every, 4 * took) if self.every else 0)
+        self.due = now + (max(self.every, 9 * took) if self.every else 0)
         self.drawn = len(records)
 
 

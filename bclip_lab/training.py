@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from bclip_lab.data.images import LabelledImages, PoisonedImages, to_float
 from bclip_lab.models import bfloat16_is_fast, device_of, logits
+from bclip_lab.optimisers import SGD
 
 __all__ = ["Attacker", "TrainConfig", "TrainStep", "run", "train", "trainable_copy"]
 
@@ -202,7 +203,7 @@ def train(
         raise ValueError(f"records_per_epoch must be at least 1, got {records_per_epoch}")
     device = device_of(model)
     generator = torch.Generator().manual_seed(config.seed)
-    optimiser = torch.optim.SGD(
+    optimiser = SGD(
         model.parameters(),
         lr=config.learning_rate,
         momentum=config.momentum,

@@ -776,11 +776,24 @@ def test_live_draws_in_place_in_a_notebook(screen):
     for step in live(learn(3), every=0):
         assert len(screen.pictures) == step.epoch
     assert screen.identities == 1, "one output, updated"
-    assert len({*screen.pictures}) == 3
+    assert len(screen.pictures) == 4, "the last again, in a layout of its own"
+    assert len({*screen.pictures}) >= 3
     for png in screen.pictures:
         width, height = Image.open(io.BytesIO(png)).size
         assert width > height > 100
     assert not plt.get_fignums(), "the figures of the cell itself are left alone"
+
+
+@pytest.mark.parametrize("every", [0, 1000])
+def test_the_last_picture_of_live_is_that_of_the_history(screen, every):
+    wider = [{"epoch": epoch, "epochs": 4, "loss": 10.0 ** (2 * epoch), "accuracy": 0.5} for epoch in range(1, 5)]
+    list(live(wider, every=every))
+    history = HistoryDisplay.from_records(wider)
+    figure = Figure(figsize=history.size, layout="constrained")
+    history.plot(figure.subplots(*history.shape, squeeze=False))
+    figure.savefig(png := io.BytesIO(), format="png", dpi=100)
+    last, expected = (np.asarray(Image.open(io.BytesIO(data))) for data in (screen.pictures[-1], png.getvalue()))
+    assert np.array_equal(last, expected)
 
 
 def test_live_draws_no_more_often_than_asked_and_always_the_last(screen):
@@ -793,7 +806,7 @@ def test_live_draws_no_more_often_than_asked_and_always_the_last(screen):
     assert len(screen.pictures) == 3, "the last record is not drawn twice"
 
 
-def test_live_draws_for_a_fifth_of_the_time_at_most(screen, monkeypatch):
+def test_live_draws_for_a_tenth_of_the_time_at_most(screen, monkeypatch):
     now = 0.0
 
     class Slow(Figure):
@@ -804,9 +817,9 @@ def test_live_draws_for_a_fifth_of_the_time_at_most(screen, monkeypatch):
 
     monkeypatch.setattr(plots, "Figure", Slow)
     monkeypatch.setattr(plots.time, "monotonic", lambda: now)
-    for step in live(learn(100), every=5):  # pictures after the epochs 1, 6, 46 and 86, and the last
+    for step in live(learn(200), every=5):  # pictures after the epochs 1, 6, 96 and 186, and the last
         now += 1
-    assert (len(screen.pictures), now) == (5, 150)
+    assert (len(screen.pictures), now) == (5, 250)
     now, screen.pictures[:] = 0.0, []
     for step in live(learn(100), every=60):
         now += 1

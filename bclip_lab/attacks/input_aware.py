@@ -15,6 +15,7 @@ from bclip_lab.attacks.backdoor import BackdoorAttack
 from bclip_lab.attacks.label_maps import LabelMap
 from bclip_lab.data.images import LabelledImages, TriggeredImages, check_images, to_float
 from bclip_lab.models import device_of, evaluating, logits
+from bclip_lab.optimisers import Adam
 from bclip_lab.training import TrainConfig, TrainStep, augment, train
 
 __all__ = ["DynamicTrigger", "InputAwareAttack", "InputAwareBackdoor", "InputAwareStep", "diversity_loss", "mask_loss"]
@@ -399,9 +400,9 @@ class InputAwareAttack:
 
 def _adam(
     network: nn.Module, learning_rate: float, steps: int
-) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.CosineAnnealingLR]:
+) -> tuple[Adam, torch.optim.lr_scheduler.CosineAnnealingLR]:
     """Adam with the authors' betas, and a schedule that ends at 0."""
-    optimiser = torch.optim.Adam(network.parameters(), learning_rate, betas=(0.5, 0.9))
+    optimiser = Adam(network.parameters(), learning_rate, betas=(0.5, 0.9))
     return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bclip_lab.data.images import LabelledImages, to_float
 from bclip_lab.models import bfloat16_is_fast, device_of
+from bclip_lab.optimisers import SGD
 from bclip_lab.training import augment, trainable_copy
 
 __all__ = ["ANPConfig", "ANPStep", "anp"]
@@ -151,7 +152,7 @@ def anp(model: nn.Module, clean: LabelledImages, config: ANPConfig | None = None
     gammas = {name: norm.weight.detach().clone() for name, norm in norms.items()}
     betas = {name: norm.bias.detach() for name, norm in norms.items()}
     masks = {name: torch.ones_like(gamma, requires_grad=True) for name, gamma in gammas.items()}
-    optimiser = torch.optim.SGD(list(masks.values()), lr=config.learning_rate, momentum=config.momentum)
+    optimiser = SGD(list(masks.values()), lr=config.learning_rate, momentum=config.momentum)
     generator = torch.Generator().manual_seed(config.seed)
     device = device_of(private)
     images, labels = clean.images.to(device), clean.labels.to(device)

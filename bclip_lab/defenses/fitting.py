@@ -13,6 +13,7 @@ from torch.fx.experimental.optimization import fuse
 from bclip_lab.clipping import Clip, ClippedModel
 from bclip_lab.data.images import LabelledImages, to_float
 from bclip_lab.models import bfloat16_is_fast, device_of, images_at_once, logits
+from bclip_lab.optimisers import Adam
 
 __all__ = ["BoundFit", "draw_seed"]
 
@@ -124,7 +125,7 @@ class BoundFit:
         self.bounds = {site: bounds[site] for site in fitted}
         both = [_fold(_clipped_by(some, network), some, self.images[:8]) for some in (tuple(self.bounds.values()), ())]
         self.network, self.unclipped = (_Fast(each, device) for each in both)  # after both: they may share weights
-        self.optimiser = torch.optim.Adam(list(self.bounds.values()), lr=learning_rate)
+        self.optimiser = Adam(list(self.bounds.values()), lr=learning_rate)
 
     def folded(self, model: nn.Module) -> nn.Module:
         """A copy of another classifier of these images for speed: frozen, its batch norm folded where that can be."""

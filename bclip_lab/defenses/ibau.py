@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bclip_lab.data.images import LabelledImages, to_float
 from bclip_lab.models import device_of, images_at_once, logits
+from bclip_lab.optimisers import Adam
 from bclip_lab.training import trainable_copy
 
 __all__ = ["IBAUConfig", "IBAUStep", "hypergradient", "ibau"]
@@ -209,7 +210,7 @@ def ibau(model: nn.Module, clean: LabelledImages, config: IBAUConfig | None = No
     images = to_float(clean.images.to(device)).contiguous(memory_format=torch.channels_last)
     data = LabelledImages(images, clean.labels.to(device), clean.classes)
     weights = list(defended.parameters())
-    optimiser = torch.optim.Adam(weights, lr=config.learning_rate)
+    optimiser = Adam(weights, lr=config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
     for epoch in range(1, config.rounds + 1):
         delta = torch.zeros_like(data.images[0])

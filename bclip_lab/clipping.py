@@ -71,10 +71,16 @@ class Clip(nn.Module):
 
 
 def _largest(x: Tensor) -> Tensor:
-    """The maxima (N, C) over positions of (N, P, C): rows of some positions at once, as few channels are no vector."""
+    """The maxima (N, C) over positions of (N, P, C).
+
+    Of several positions at once, up to 256 numbers: what is reduced is vectorised along the last axis, and a few
+    channels do not fill a vector.
+    """
     count, positions, channels = x.shape
-    together = math.gcd(positions, max(1, 256 // max(1, channels)))
-    return x.reshape(count, -1, together * channels).amax(1).view(count, together, channels).amax(1)
+    if not x.is_contiguous():  # the channels are not the last axis in memory: this would copy, and is fast without
+        return x.amax(1)
+    together = math.gcd(positions, max(1, 256 // channels))
+    return x.view(count, positions // together, together * channels).amax(1).view(count, together, channels).amax(1)
 
 
 class ClippedModel(nn.Module):

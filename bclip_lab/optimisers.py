@@ -16,7 +16,7 @@ _zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
 
 class Adam(torch.optim.Adam):
-    """`torch.optim.Adam`, computed by the same code.
+    """`torch.optim.Adam`, computed by the same code, but for `differentiable=True`: no gradient flows through a step.
 
     Examples
     --------
@@ -33,7 +33,7 @@ class Adam(torch.optim.Adam):
 
 
 class SGD(torch.optim.SGD):
-    """`torch.optim.SGD`, computed by the same code."""
+    """`torch.optim.SGD`, computed by the same code, but for `differentiable=True`: no gradient flows through a step."""
 
     add_param_group, zero_grad = _add_param_group, _zero_grad
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))

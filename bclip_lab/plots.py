@@ -1076,8 +1076,9 @@ def live(steps: Iterable[Step], *, every: float = 1.0) -> Iterator[Step]:
     steps
         What `train`, `mmac` and the like give.
     every
-        Seconds between pictures at least, and from the second on drawing takes at most a tenth of the time; the last
-        record is drawn in any case. 0 draws every record, whatever it takes.
+        Seconds between pictures at least, and from the second on drawing takes at most a tenth of the time; until the
+        last, pictures keep the layout of the first. The last record is drawn in any case. 0 draws every record,
+        whatever it takes.
 
     Yields
     ------
@@ -1149,10 +1150,10 @@ class _Picture:
         self.due = -math.inf
 
     def show(self, records: Sequence[Mapping[str, float]], last: bool = False) -> None:
-        """Draw the records, unless they are drawn already or the latest picture is too young."""
-        if not last and (len(records) == self.drawn or time.monotonic() < self.due):
+        """Draw the records, unless they are drawn already, the last in a layout of their own, or it is too early."""
+        if len(records) == self.drawn and (self.settled or not last):
             return
-        if len(records) == self.drawn and self.settled:
+        if not last and time.monotonic() < self.due:
             return
         from IPython.display import Image, display
 

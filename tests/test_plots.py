@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
@@ -785,15 +786,31 @@ def test_live_draws_in_place_in_a_notebook(screen):
 
 
 @pytest.mark.parametrize("every", [0, 1000])
-def test_the_last_picture_of_live_is_that_of_the_history(screen, every):
-    wider = [{"epoch": epoch, "epochs": 4, "loss": 10.0 ** (2 * epoch), "accuracy": 0.5} for epoch in range(1, 5)]
-    list(live(wider, every=every))
-    history = HistoryDisplay.from_records(wider)
+@pytest.mark.parametrize("later", [(), ("a", "b"), ("a", "b", "c")])
+def test_the_last_picture_of_live_is_that_of_the_history(screen, every, later):
+    records = [{"epoch": epoch, "epochs": 4, "loss": 10.0 ** (2 * epoch), "accuracy": 0.5} for epoch in range(1, 5)]
+    for epoch, name in enumerate(later, 1):  # a quantity more in every picture: now and then another grid
+        records[epoch:] = [record | {name: 1.0} for record in records[epoch:]]
+    list(live(records, every=every))
+    history = HistoryDisplay.from_records(records)
     figure = Figure(figsize=history.size, layout="constrained")
     history.plot(figure.subplots(*history.shape, squeeze=False))
     figure.savefig(png := io.BytesIO(), format="png", dpi=100)
     last, expected = (np.asarray(Image.open(io.BytesIO(data))) for data in (screen.pictures[-1], png.getvalue()))
     assert np.array_equal(last, expected)
+
+
+def test_pictures_of_live_are_laid_out_at_first_and_at_last_only(screen, monkeypatch):
+    laid_out = []
+
+    class Watched(Figure):
+        def savefig(self, *args, **kwargs):
+            laid_out.append(isinstance(self.get_layout_engine(), ConstrainedLayoutEngine))
+            super().savefig(*args, **kwargs)
+
+    monkeypatch.setattr(plots, "Figure", Watched)
+    list(live(learn(3), every=0))
+    assert laid_out == [True, False, False, True]
 
 
 def test_live_draws_no_more_often_than_asked_and_always_the_last(screen):

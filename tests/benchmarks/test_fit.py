@@ -53,6 +53,7 @@ def plain(checkpoint: bl.zoo.Checkpoint, seed: int) -> tuple[bl.ClippedModel, fl
         bounds = plain_mmac(model, clean, seed=seed)
         clipped.set_bounds(dict(zip(clipped.sites, bounds, strict=True)))
         return clipped, None
+    plain_mmac(model, clean, epochs=1, steps=1)  # a first optimiser of torch.optim loads the compiler, once
     times = [time.perf_counter()]
     for epochs in (1, 1 + EPOCHS):
         plain_mmac(model, clean, epochs=epochs, steps=1)

@@ -276,8 +276,8 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       .006, and leaves .14 of a clean-label attack, for .02.
 
     **Memory** grows with the images, of which a fit holds a float32 copy, and not with the classes beyond
-    `MMACConfig.classes`: with 1,000 classes, 2,000 images of 64x64 pixels and the zoo's ResNet its peak is .73 GB above
-    what the process holds with the images loaded (`tests/benchmarks/test_fit.py -k memory`).
+    `MMACConfig.classes`: with 1,000 classes, 2,000 images of 64x64 pixels and the zoo's ResNet its peak is .57 to
+    .73 GB above what the process holds with the images loaded (`tests/benchmarks/test_fit.py -k memory`).
 
     Parameters
     ----------

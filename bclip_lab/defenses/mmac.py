@@ -251,10 +251,10 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       Eight, with the target .9875 held from the third on, leave more: development networks hardly told (.035 for .031),
       but of the zoo's they left .072 where twelve leave .058, .013 more [.005, .024], in twenty-six fits with the same
       seeds on one machine.
-    * *What else would save time*, with all other settings those of today: twenty steps for the perturbations, in place
-      of 30, leave .07 and .15 of the sinusoid of eight periods (two seeds), where .00 is left as it is; rates from ten
-      images of a class, in place of 20, .01 and .11. (Five steps for the patches of all pairs, in place of eight: .00
-      and .00; nine epochs: .00 and .01. The two save a twentieth of the time.)
+    * *What else would save time*, by hand, all other settings those of today: twenty steps for the perturbations, in
+      place of 30, leave .07 and .15 of the sinusoid of eight periods (two seeds), where .00 is left as it is; rates
+      from ten images of a class, in place of 20, .01 and .11. (Five steps for the patches of all pairs, in place of
+      eight: .00 and .00; nine epochs: .00 and .01. The two save a twentieth of the time.)
     * *As it is*, `tests/benchmarks/development.py --seeds 0 1`: thirteen attacked networks, mean ASR .014, drop .009;
       the most of two triggers (.11, .07), a warp (.02, .03) and a clean-label attack (.03, .03). Three clean ones pay
       .003 to .011, mean .006. (Twelve epochs had left .10 of another clean-label attack, of a sinusoid of five periods

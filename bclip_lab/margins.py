@@ -24,7 +24,7 @@ __all__ = [
 
 
 # Images a step for each perturbation, and for each patch.
-_PER_PERTURBATION, _PER_PATCH = 10, 3
+_PER_PERTURBATION, _PER_PATCH = 10, 2
 # Of the witness's cross-entropy beside the model's margins: large enough that its decisions mostly stay.
 _WITNESS_WEIGHT = 5.0
 
@@ -107,6 +107,11 @@ def _ascent_logits(model: nn.Module, images: Tensor) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16_is_fast(images.device)):
         out: Tensor = model(images)
     return out.float()
+
+
+def _first(steps: int) -> int:
+    """After how many steps of a search only the best of what is sought go on: two sevenths, rounded up."""
+    return steps - steps * 5 // 7
 
 
 def _seen(witness: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -230,6 +235,9 @@ def maximum_margin_perturbations(
     m_t(x') - 5 CE(y, h(x')), y the label of x: it may change only what the witness does not see, as a backdoor
     that the witness lacks.
 
+    After two sevenths of the steps, rounded up, only the half of all classes goes on that has reached most, as a mean
+    over these steps: few are the target of a backdoor, and another takes as long.
+
     Parameters
     ----------
     model
@@ -243,7 +251,7 @@ def maximum_margin_perturbations(
     witness, labels
         A classifier of the same images, and their labels, int64 (N,): both or neither.
     steps
-        Of Adam, each of limit / 5.
+        Of Adam, each of limit / 5; it begins anew where only a half of the classes goes on.
     batch_size
         Images a step, ten for each class; so many classes are sought together. By default 100 of up to 32x32 pixels,
         of larger ones fewer.
@@ -274,26 +282,31 @@ def maximum_margin_perturbations(
             f"{len(images)} images, {limit}, {steps}, {batch_size}"
         )
     device = device_of(model)
-    clean = to_float(images.to(device))
+    clean, targets = to_float(images.to(device)), targets.cpu()
+    generator = torch.Generator().manual_seed(seed)
     count = min(len(clean), _PER_PERTURBATION)
-    found = []
+    shown = [torch.randperm(len(clean), generator=generator)[:count].to(device) for _ in range(steps)]
+    deltas = torch.zeros(len(targets), 1, *clean.shape[1:], device=device)
+    rest, first = torch.arange(len(targets)), _first(steps)
     with evaluating(model), evaluating(model if witness is None else witness):
-        for some in targets.cpu().split(max(1, batch_size // _PER_PERTURBATION)):
-            generator = torch.Generator().manual_seed(seed)
-            delta = torch.zeros(len(some), 1, *clean.shape[1:], device=device, requires_grad=True)
-            optimiser = Adam([delta], lr=limit / 5)
-            for _ in range(steps):
-                rows = torch.randperm(len(clean), generator=generator)[:count].to(device)
-                x = (clean[rows] + delta).clamp(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-                loss = -classification_margins(_ascent_logits(model, x), some.repeat_interleave(count)).sum()
-                if witness is not None and labels is not None:
-                    loss = loss + _seen(witness, x, labels[rows.to(labels.device)].repeat(len(some))).sum()
-                (delta.grad,) = torch.autograd.grad(loss / count, delta)
-                optimiser.step()
-                with torch.no_grad():
-                    delta.clamp_(-limit, limit)
-            found.append(delta.detach()[:, 0])
-    return torch.cat(found)
+        for phase in (shown[:first], shown[first:]):
+            reached = torch.zeros(len(targets))
+            for some in rest.split(max(1, batch_size // _PER_PERTURBATION)):
+                delta = deltas[some].requires_grad_()
+                optimiser = Adam([delta], lr=limit / 5)
+                for rows in phase:
+                    x = (clean[rows] + delta).clamp(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+                    gain = classification_margins(_ascent_logits(model, x), targets[some].repeat_interleave(count))
+                    if witness is not None and labels is not None:
+                        gain = gain - _seen(witness, x, labels[rows.to(labels.device)].repeat(len(some)))
+                    reached[some] += gain.detach().view(len(some), -1).sum(1).cpu()
+                    (delta.grad,) = torch.autograd.grad(-gain.sum() / count, delta)
+                    optimiser.step()
+                    with torch.no_grad():
+                        delta.clamp_(-limit, limit)
+                deltas[some] = delta.detach()
+            rest = reached.topk((len(targets) + 1) // 2).indices.sort().values
+    return deltas[:, 0]
 
 
 def place_patches(images: Tensor, patches: Tensor, generator: torch.Generator) -> Tensor:
@@ -348,7 +361,7 @@ def maximum_margin_patches(
     *,
     witness: nn.Module | None = None,
     size: int = 4,
-    steps: int = 20,
+    steps: int = 17,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
@@ -359,8 +372,8 @@ def maximum_margin_patches(
     trigger is close to such a patch, also where the backdoor acts on a single class. With a witness the patch
     maximises m_t(x') - 5 CE(s, h(x')), as in `maximum_margin_perturbations`.
 
-    After two fifths of the steps, rounded up, only the third of all pairs goes on that has reached most, as a mean over
-    these steps: few pairs are like a backdoor, and a hopeless one takes as long as another.
+    After two sevenths of the steps, rounded up, only the third of all pairs goes on that has reached most, as a mean
+    over these steps: few pairs are like a backdoor, and a hopeless one takes as long as another.
 
     Parameters
     ----------
@@ -379,7 +392,7 @@ def maximum_margin_patches(
     steps
         Of Adam, each of 0.1; it begins anew where only a third of the pairs goes on.
     batch_size
-        Images a step, three of each pair; so many pairs are sought together. By default 270 of up to 32x32 pixels,
+        Images a step, two of each pair; so many pairs are sought together. By default 180 of up to 32x32 pixels,
         of larger ones fewer.
     seed
         Of the first patches, uniform in [0, 1], of the images and the places.
@@ -405,7 +418,7 @@ def maximum_margin_patches(
     check_images(images)
     if len(labels) != len(images):
         raise ValueError(f"images and labels must be as many, got {len(images)} and {len(labels)}")
-    batch_size = images_at_once(images.shape, 270) if batch_size is None else batch_size
+    batch_size = images_at_once(images.shape, 180) if batch_size is None else batch_size
     if not len(images) or steps < 1 or batch_size < 1 or not 1 <= size <= min(images.shape[-2:]):
         raise ValueError(
             "images must not be empty, steps and batch_size >= 1 and size between 1 and the images' side, got "
@@ -420,9 +433,9 @@ def maximum_margin_patches(
     if empty := [s for s, rows in members.items() if not len(rows)]:
         raise ValueError(f"pairs: there is no image of class {empty[0]}")
     patches = torch.rand(len(pairs), images.shape[1], size, size, generator=generator).to(device)
-    rest, late = torch.arange(len(pairs)), steps * 3 // 5
+    rest, first = torch.arange(len(pairs)), _first(steps)
     with evaluating(model), evaluating(model if witness is None else witness):
-        for length in (steps - late, late):
+        for length in (first, steps - first):
             reached = torch.zeros(len(pairs))
             for some in rest.split(max(1, batch_size // _PER_PATCH)):
                 better = patches[some].requires_grad_()

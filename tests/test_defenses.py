@@ -210,7 +210,7 @@ def test_a_patch_raises_the_margin_of_its_class_on_images_of_the_other() -> None
 
 
 def test_only_the_third_of_the_patches_that_reaches_most_goes_on() -> None:
-    # only the key of class 2 moves anything: its pair goes on after half of six steps, of .1 each
+    # only the key of class 2 moves anything: its pair goes on after two of six steps, of .1 each
     seen: list[int] = []
 
     class Watched(OneToOne):
@@ -226,9 +226,24 @@ def test_only_the_third_of_the_patches_that_reaches_most_goes_on() -> None:
         for steps, batch_size in ((1, 9), (6, 9), (6, 3))
     )
     # the last sought one pair after another; all of them compete
-    assert seen == [9] + [9, 9, 9, 3, 3, 3] + [3] * 12
+    assert seen == [6] + [6, 6, 2, 2, 2, 2] + [2] * (6 + 4)
     for patches in (six, in_turn):
         assert float(patches[2, 1] - one[2, 1]) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_only_the_half_of_the_perturbations_that_reaches_most_goes_on() -> None:
+    # a class for each pixel, the second and the fourth are raised most easily: they go on after two of six steps
+    class Uneven(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) * torch.tensor([1.0, 8.0, 2.0, 4.0])
+
+    images = torch.full((10, 1, 1, 4), 0.5)
+    for batch_size in (100, 10):  # at once, and one class after another: all of them compete
+        delta = maximum_margin_perturbations(
+            Uneven(), images, torch.arange(4), limit=0.1, steps=6, batch_size=batch_size
+        )
+        own = delta[:, 0, 0].diagonal()
+        torch.testing.assert_close(own, torch.tensor([0.04, 0.1, 0.04, 0.1]), atol=1e-4, rtol=0)
 
 
 def test_stand_ins_are_drawn_by_what_the_original_makes_of_them(trained: tuple[nn.Module, LabelledImages]) -> None:

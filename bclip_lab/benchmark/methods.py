@@ -144,7 +144,7 @@ def _mmbm(model: nn.Module, clean: LabelledImages, config: MMBMConfig) -> Iterat
 
 
 DEFENCES: dict[str, Defence] = {
-    "mmac": Defence(_mmac, MMACConfig(), version=3),
+    "mmac": Defence(_mmac, MMACConfig(), version=4),
     "mmac-published": Defence(_mmac, MMACConfig.published(), once=True),
     "mm-bm": Defence(_mmbm, MMBMConfig(sites=EARLY_SITES)),
     "fine-tuning": Defence(fine_tune, FineTuneConfig()),

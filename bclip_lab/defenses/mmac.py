@@ -266,8 +266,8 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       .003 to .009, mean .006. (Earlier settings had left .10 of another clean-label attack, of a sinusoid of five
       periods and of a one-to-one backdoor, whose networks are lost.) On CIFAR-10 (another patch, another warp; twelve
       epochs) .02 / .024 and .06 / .012.
-    * *What judged it.* The zoo and README's rows came last: mean ASR .039, drop .013 (the defaults before, same seeds and
-      machine: .046, .012, a difference in ASR of -.007 [-.019, .003] over 17 networks; twelve epochs: .050, .012;
+    * *What judged it.* The zoo and README's rows came last: mean ASR .039, drop .013 (the defaults before, same seeds
+      and machine: .046, .012, a difference in ASR of -.007 [-.019, .003] over 17 networks; twelve epochs: .050, .012;
       .08, .011 before stand-ins were drawn by what stands out; .13, .011 before the weight w). Which networks resisted
       told each time where to look; what was done about it was chosen on the development networks.
     * *Tried and left:* floors that fall while accuracy allows it; images climbing from clean ones; two and three

@@ -253,9 +253,9 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
     * *Where time is saved.* Ten epochs, a witness of 12 epochs in batches of 50, all perturbations sought to the end,
       patches by three images a step and the third of them after eight steps of twenty: these were the defaults before.
       Now the witness takes as many steps, of 32 images; half of the perturbations go on, and the third of the patches
-      after five steps; patches see two images; and there are nine epochs: four fifths of the time. On the development networks it leaves as
-      much (thirteen attacked, two seeds each: .014 both), at a drop of .011 for .009; three clean ones pay .006 both. On the
-      zoo's clean ones it costs .002 more, on CIFAR-10 .003 to .005.
+      after five steps; patches see two images; and there are nine epochs: four fifths of the time. On the development
+      networks it leaves as much (thirteen attacked, two seeds each: .014 both), at a drop of .011 for .009; three clean
+      ones pay .006 both. On the zoo's clean ones it costs .002 more, on CIFAR-10 .003 to .005.
     * *What is not worth the time it saves*, by hand: witnesses of batches of 100 (60 steps), or whose first layers are
       left as they are, keep far more of a backdoor (.50 and .57 of a patch, .96 and .42 of a sinusoid of five periods,
       for .01 and .02); of batches of 25 (140 steps) forget more, but take two clean networks' accuracy by .011 in place

@@ -438,7 +438,7 @@ class Cell:
     --------
     >>> cell = Cell(Shipped("patch", 0), "mmac", seed=1)
     >>> cell.file, cell.recipe["defence"]["config"]["epochs"]
-    (('mmac', 'patch-0-fit-1'), 10)
+    (('mmac', 'patch-0-fit-1'), 9)
     """
 
     checkpoint: Shipped | Trained

@@ -252,14 +252,14 @@ def mmac(clipped: ClippedModel, clean: LabelledImages, config: MMACConfig | None
       more [.005, .024], in twenty-six fits with the same seeds on one machine.
     * *Where time is saved.* Ten epochs, a witness of 12 epochs in batches of 50, all perturbations sought to the end,
       patches by three images a step and the third of them after eight steps of twenty: these were the defaults before.
-      Now the witness takes as many steps, of 32 images; half of the perturbations go on, and the third of the patches
-      after five steps; patches see two images; and there are nine epochs: four fifths of the time. On the development
-      networks it leaves as much (thirteen attacked, two seeds each: .014 both), at a drop of .011 for .009; three clean
-      ones pay .006 both. On the zoo's clean ones it costs .002 more, on CIFAR-10 .003 to .005.
+      Now the witness takes about as many steps, of 32 images; half of the perturbations go on, and the third of the
+      patches after five steps; patches see two images; and there are nine epochs: four fifths of the time. On the
+      development networks it leaves as much (thirteen attacked, two seeds each: .014 both), at a drop of .011 for .009;
+      three clean ones pay .006 both. On the zoo's clean ones it costs .002 more, on CIFAR-10 .003 to .005.
     * *What is not worth the time it saves*, by hand: witnesses of batches of 100 (60 steps), or whose first layers are
       left as they are, keep far more of a backdoor (.50 and .57 of a patch, .96 and .42 of a sinusoid of five periods,
-      for .01 and .02); of batches of 25 (140 steps) forget more, but take two clean networks' accuracy by .011 in place
-      of .006. Twenty steps for the perturbations, all sought to the end, left .07 and .15 of a sinusoid of eight
+      for .01 and .02); of batches of 25 (140 steps) forget more, but cost three clean networks .011 of accuracy for
+      .006. Twenty steps for the perturbations, all sought to the end, left .07 and .15 of a sinusoid of eight
       periods (two seeds) where 30 left .00; rates from ten images of a class, in place of 20, .01 and .11.
     * *As it is*, `tests/benchmarks/development.py --seeds 0 1`: thirteen attacked networks, mean ASR .014, drop .011;
       the most of two triggers (.12, .07), a clean-label attack (.07, .02) and a warp (.01, .01). Three clean ones pay

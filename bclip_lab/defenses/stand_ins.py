@@ -41,10 +41,10 @@ class TriggerStandIns:
     for columns h depends on how far the largest stands out: three times the odds o'' of the second largest, but at
     least 1/9 and at most max(1, sqrt(o' o'')), where o' are the odds of the largest. A class that stands out is drawn
     at a rate as low as .1, as that of a clean-label attack; where many classes are reached as easily, the largest alone
-    is. In three clean development networks the largest column is .28 to .38 (two seeds), its odds 1 to 5 times those of
-    the second; in nine attacked ones whose trigger covers the image it is .20 to 1.0, and 2 to 1,000 times. Where the
-    witness still obeys a trigger, the search finds other ways to its target at best: a backdoor that fine-tuning does
-    not wear off may stay.
+    is. In three clean development networks the largest column is .28 to .38 (two seeds, by hand), its odds 1 to 5 times
+    those of the second; in nine attacked ones whose trigger covers the image it is .20 to 1.0, and 2 to 1,000 times.
+    Where the witness still obeys a trigger, the search finds other ways to its target at best: a backdoor that
+    fine-tuning does not wear off may stay.
 
     Each class t of `targets` is looked at from at most nine classes s, drawn at random: from all of ten, so that time
     and memory grow with the targets and not with the square of the classes. With more classes a backdoor of a single

@@ -58,8 +58,8 @@ class MMDF:
 
         a = sum over x of m_c(x) m_c(x; Z) / sum over x of m_c(x)^2      (least squares through the origin)
 
-    On twelve attacked development networks of `mmac`, one seed each, the AUROC was .855 to 1.000 with a fitted,
-    with a = 1 .834 to 1.000, and on none higher. (A thirteenth hardly is an attack: its trigger turns a third.)
+    On twelve attacked development networks of `mmac`, one seed each, by hand, the AUROC was .855 to 1.000 with a
+    fitted, with a = 1 .834 to 1.000, and on none higher. (A thirteenth hardly is an attack: its trigger turns a third.)
 
     Parameters
     ----------
